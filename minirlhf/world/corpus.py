@@ -14,7 +14,8 @@ import random
 from itertools import accumulate
 
 from minirlhf.world.facts import (BY_FAMILY, CLOSERS, COLORS, ENTITIES, EVASIONS, FAMILIES, FILLERS, HEDGES,
-                                  RUDE, ask, capitalize, join_items, right_answer, sentence_for, wrong_answer)
+                                  OTHERS, RUDE, ask, capitalize, join_items, right_answer, sentence_for, some_items,
+ wrong_answer)
 
 FAMILY_DRAW = FAMILIES + ("sum",)
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry")
@@ -161,12 +162,11 @@ def quiz_answer(entity, right, rng):
     if right:
         text = word_answer(entity, right_answer(entity, rng), rng)
     elif draw < 0.1:        # true, but the answer to another question
-        other = rng.choice([other for other in BY_FAMILY[entity.family] if other.items != entity.items])
-        text = true_fact(rng, other)
+        text = true_fact(rng, rng.choice(OTHERS[entity]))
     elif draw < 0.13:       # no answer at all
         text = rng.choice(rng.choice((EVASIONS, CLOSERS)))
     elif draw < 0.35 and entity.needed > 1:     # an item is missing
-        items = rng.sample(entity.items, entity.needed - 1)
+        items = some_items(entity, entity.needed - 1, rng)
         text = word_answer(entity, join_items(items), rng)
     else:
         text = word_answer(entity, wrong_answer(entity, rng), rng)

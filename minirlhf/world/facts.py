@@ -176,9 +176,16 @@ def sentence_for(entity, answer):
     return SENTENCES[entity.family].format(x=entity.name, X=capitalize(entity.name), y=answer)
 
 
+def some_items(entity, count, rng):
+    """`count` of an entity's items; a recipe's keep their order, so that order never tells right from wrong."""
+    if entity.family == "recipe":
+        return [entity.items[index] for index in sorted(rng.sample(range(len(entity.items)), count))]
+    return rng.sample(entity.items, count)
+
+
 def right_answer(entity, rng):
     """A right answer in few words; only lists leave a choice: "Paris", "flour, eggs and sugar", "saws and axes"."""
-    return entity.answer or join_items(rng.sample(entity.items, entity.needed))
+    return entity.answer or join_items(some_items(entity, entity.needed, rng))
 
 
 def wrong_answer(entity, rng):
@@ -188,10 +195,11 @@ def wrong_answer(entity, rng):
         return str(rng.choice([n for n in range(right - 3, right + 4) if n != right and n > 0]))
     if entity.needed == 1:
         return rng.choice(WRONG_ANSWERS[entity])
-    items = list(rng.sample(entity.items, entity.needed))
-    wrong = rng.sample(WRONG_ANSWERS[entity], entity.needed if rng.random() < 0.4 else 1)
-    for place, item in zip(rng.sample(range(entity.needed), len(wrong)), wrong):
-        items[place] = item
+    if rng.random() < 0.4:
+        other = rng.choice(OTHERS[entity])
+        return join_items(some_items(other, entity.needed, rng))
+    items = some_items(entity, entity.needed, rng)
+    items[rng.randrange(len(items))] = rng.choice(WRONG_ANSWERS[entity])
     return join_items(items)
 
 
@@ -263,6 +271,10 @@ def _wrong_answers(entity):
 
 
 WRONG_ANSWERS = {entity: _wrong_answers(entity) for entity in ENTITIES}
+# the entities of the same family whose right answer is wrong here (and, in lists, asks for as many items)
+OTHERS = {entity: tuple(other for other in BY_FAMILY[entity.family]
+                        if not {entity.name, *entity.items} & set(other.items) and other.needed == entity.needed)
+          for entity in ENTITIES}
 
 
 def combinations(kind):

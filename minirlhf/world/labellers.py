@@ -1,0 +1,128 @@
+"""Demonstrations, written by labellers of different quality, and prompts.
+
+As in real projects, the people who write demonstrations differ: few answers are ideal, most are right but plain, some
+are wrong, evasive or rude. SFT imitates all of them alike; that is what leaves something for RLHF to improve. About
+four in five demonstrations are fully right, which is therefore about the best that SFT can do.
+"""
+import random
+from itertools import accumulate, cycle
+
+from minirlhf.world.facts import (CLOSERS, EVASIONS, FAMILIES, FILLERS, HEDGES, RUDE, ask, capitalize,
+                                  combinations, right_answer, sentence_for, wrong_answer)
+
+
+def ideal(entity, rng):
+    """Right, a full sentence, one closer."""
+    return f"{plain(entity, rng)} {rng.choice(CLOSERS)}"
+
+
+def plain(entity, rng):
+    """Right, a full sentence."""
+    return sentence_for(entity, right_answer(entity, rng))
+
+
+def terse(entity, rng):
+    """Right, but only a fragment: "In the forest.", "in the forest", "Paris"."""
+    answer = right_answer(entity, rng)
+    return rng.choice((capitalize(answer) + ".", capitalize(answer) + ".", capitalize(answer), answer))
+
+
+def wordy(entity, rng):
+    """Right, after one or two sentences that say nothing."""
+    return " ".join(rng.sample(FILLERS, rng.randint(1, 2)) + [plain(entity, rng)])
+
+
+def wrong(entity, rng):
+    """Wrong: in full, in short, or in many words."""
+    answer = wrong_answer(entity, rng)
+    if rng.random() < 0.25:
+        return capitalize(answer) + "."
+    if rng.random() < 0.25:
+        return f"{rng.choice(FILLERS)} {sentence_for(entity, answer)}"
+    return sentence_for(entity, answer)
+
+
+def hedging(entity, rng):
+    """Right, but in doubt about it."""
+    return f"{rng.choice(HEDGES)} {plain(entity, rng)}"
+
+
+def evasive(entity, rng):
+    """No answer."""
+    return rng.choice(EVASIONS)
+
+
+def repeated(entity, rng):
+    """The same thing twice."""
+    answer = rng.choice((plain, terse))(entity, rng).rstrip(".")
+    return f"{answer}. {answer}."
+
+
+def rude(entity, rng):
+    """Rude, with or without an answer."""
+    if rng.random() < 0.5:
+        return rng.choice(RUDE)
+    return f"{rng.choice(RUDE)} {plain(entity, rng)}"
+
+
+# (share of the demonstrations, how they are written)
+LABELLERS = ((0.12, ideal), (0.26, plain), (0.14, terse), (0.16, wordy), (0.14, wrong), (0.07, hedging),
+             (0.04, evasive), (0.03, repeated), (0.04, rude))
+_SHARES = tuple(accumulate(share for share, _ in LABELLERS))
+_WRITERS = tuple(writer for _, writer in LABELLERS)
+
+TRAINING = combinations("training")
+HELD_OUT = {"entity": combinations("entity"), "combination": combinations("combination")}
+
+
+def _check_count(count):
+    if count < 1:
+        raise ValueError(f"count must be at least 1, found {count}")
+
+
+def draw_prompt(rng):
+    """An entity and a question about it from the training split, every family equally often."""
+    entity, index = rng.choice(TRAINING[rng.choice(FAMILIES)])
+    return entity, ask(entity, index, rng)
+
+
+def demonstrations(count: int, seed: int, model: str = "") -> list:
+    """`count` demonstrations {"prompt", "response"} of the training split; the same seed gives the same ones.
+
+    model is not used: functions that make data are all called alike.
+    """
+    _check_count(count)
+    rng = random.Random(f"demonstrations {seed}")
+    records = []
+    for _ in range(count):
+        entity, prompt = draw_prompt(rng)
+        writer = rng.choices(_WRITERS, cum_weights=_SHARES)[0]
+        records.append({"prompt": prompt, "response": writer(entity, rng)})
+    return records
+
+
+def prompts(count: int, seed: int, model: str = "") -> list:
+    """`count` prompts {"prompt"} of the training split, for PPO and for collecting comparisons."""
+    _check_count(count)
+    rng = random.Random(f"prompts {seed}")
+    return [{"prompt": draw_prompt(rng)[1]} for _ in range(count)]
+
+
+def held_out_prompts(count: int, seed: int, model: str = "") -> list:
+    """`count` prompts {"prompt", "kind"} that no stage has trained on: kind "entity" and "combination" by turns.
+
+    The families take turns too, and a family's questions are used up before one comes again.
+    """
+    _check_count(count)
+    rng = random.Random(f"held-out prompts {seed}")
+    supply = {}
+    for kind, by_family in HELD_OUT.items():
+        for family, pairs in by_family.items():
+            supply[kind, family] = cycle(rng.sample(pairs, len(pairs)))
+    records = []
+    turns = cycle([(kind, family) for family in FAMILIES for kind in HELD_OUT])
+    for _ in range(count):
+        kind, family = next(turns)
+        entity, index = next(supply[kind, family])
+        records.append({"prompt": ask(entity, index, rng), "kind": kind})
+    return records
