@@ -1,0 +1,1 @@
+"""minirlhf: RLHF from scratch in pure PyTorch, written to be read beside the lectures."""

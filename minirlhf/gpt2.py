@@ -1,0 +1,548 @@
+"""GPT-2 by hand: the network, its published weights, a scalar head, and sampling with a KV cache.
+
+    python -m minirlhf.gpt2 --model checkpoints/tiny --prompt "What is the capital of France?"
+
+The architecture is the published one (pre-layer-norm, learned positions, tied embedding, tanh GELU,
+residual-scaled initialisation), and parameters carry GPT-2's own names and layout, so published
+files load without renaming or transposing anything.
+
+THE ALIGNMENT LAW, which every file of this project follows:
+    Rows are right-padded. Column t of every per-token tensor describes the step
+        state ids[0..t]  ->  action ids[t+1]
+    so a per-token tensor of ids (B, T) is (B, T-1). Only `token_logprobs` shifts.
+Right padding needs neither position ids nor an attention mask in a full forward pass: attention
+looks back only, so no real token ever sees the padding behind it.
+
+Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary, nh heads, hs head size.
+Lecture: lectures/00-map.md, "The four networks".
+"""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from minirlhf.common import check, check_range, random_stream, run
+from minirlhf.weights import (PUBLISHED_NAMES, download_published, read_json, read_weights,
+                              write_json, write_safetensors)
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of a GPT-2; the defaults are the 124M model's. Names follow the published config.json."""
+    vocab_size: int = 50257     # V
+    n_positions: int = 1024     # the longest sequence
+    n_embd: int = 768           # C
+    n_layer: int = 12
+    n_head: int = 12            # nh; the head size hs is C / nh
+
+    def __post_init__(self):
+        for name, low in (("vocab_size", 2), ("n_positions", 2), ("n_embd", 1), ("n_layer", 1),
+                          ("n_head", 1)):
+            value = getattr(self, name)
+            check(isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31,
+                  f"GPT-2 config: {name} is {value!r}, expected an integer from {low}")
+        check(self.n_embd % self.n_head == 0,
+              f"GPT-2 config: n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+
+
+# ---- the network --------------------------------------------------------------------------------
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored (in, out), as GPT-2's files have it."""
+
+    def __init__(self, n_in: int, n_out: int, std: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_in, n_out) * std)       # (in, out)
+        self.bias = nn.Parameter(torch.zeros(n_out))                     # (out,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])                                # (rows, in)
+        return torch.addmm(self.bias, flat, self.weight).view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: every position looks at itself and at what came before."""
+
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        self.layer, self.n_head = layer, config.n_head
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd, std=0.02)
+        # the sum of 2 * n_layer branches keeps its size: each one starts smaller (GPT-2, section 2.3)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)                         # 3 x (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        else:
+            k, v = cache.extend(self.layer, k, v)                        # (B, nh, columns, hs)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible)
+        y = y.transpose(1, 2).reshape(B, T, C)                           # (B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers with GPT-2's GELU, the tanh form (the exact form gives other logits)."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        C = config.n_embd
+        self.c_fc = Conv1D(C, 4 * C, std=0.02)
+        self.c_proj = Conv1D(4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: normalise, attend, add; normalise, transform, add."""
+
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)                           # (B, T, C)
+        return x + self.mlp(self.ln_2(x))                                # (B, T, C)
+
+
+class GPT2(nn.Module):
+    """The language model. There is no dropout in it: what is sampled is what is scored."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)        # also the unembedding
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+
+    def hidden(self, ids: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
+        """ids (B, T) -> final hidden states (B, T, C). With a cache: `ids` are the new tokens only."""
+        if cache is None:
+            T, limit = ids.shape[1], self.config.n_positions
+            check(T <= limit, f"a sequence of {T} tokens exceeds the model's context of {limit}")
+            positions = torch.arange(T, device=ids.device)               # (T,)
+        else:
+            positions = cache.positions                                  # (B, T)
+        x = self.wte(ids) + self.wpe(positions)                          # (B, T, C)
+        for block in self.h:
+            x = block(x, cache)
+        return self.ln_f(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., C) -> logits (..., V), through the transposed token embedding."""
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) -> logits (B, T, V); logits[:, t] predict ids[:, t+1]."""
+        return self.logits(self.hidden(ids))
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str) -> "GPT2":
+        """Load a folder in Hugging Face format, or a published size by name (fetched once).
+
+        Raises: FileNotFoundError with what to do when files are missing; ValueError naming file
+        and tensor when something is missing, extra or misshapen.
+        """
+        folder = find_folder(name_or_folder)
+        model = cls(read_config(folder))
+        load_tensors(model, trunk_tensors(read_weights(folder), folder), folder)
+        return model
+
+    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel expects them."""
+        write_config(folder, self.config, {"architectures": ["GPT2LMHeadModel"]})
+        tensors = {"transformer." + name: tensor.to(dtype)
+                   for name, tensor in self.state_dict().items()}
+        write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
+
+
+class ScalarModel(nn.Module):
+    """A GPT-2 with one number per position in place of next-token logits: reward model or critic."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.transformer = GPT2(config)
+        # reward models start with a small random head (Stiennon et al. 2020); a critic zeroes it
+        self.score_head = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.normal_(self.score_head.weight, std=1 / math.sqrt(config.n_embd + 1))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) -> one number per position (B, T)."""
+        return self.score_head(self.transformer.hidden(ids)).squeeze(2)  # (B, T)
+
+    def score(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """ids (B, T), lengths (B,) -> the number at each row's last real token (B,)."""
+        last = (lengths - 1)[:, None]                                    # (B, 1)
+        # careful: ids[:, -1] would be padding in every row but the longest
+        return self(ids).gather(1, last).squeeze(1)                      # (B,)
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "ScalarModel":
+        """Load a folder written by `save_pretrained`; a language model is refused by name."""
+        config = read_config(folder)
+        tensors = read_weights(folder)
+        check("score.weight" in tensors, f"{folder} holds no reward model (no tensor "
+              "score.weight); make one with: python -m minirlhf.reward_model")
+        model = cls(config)
+        head = {"weight": tensors.pop("score.weight")}
+        load_tensors(model.transformer, trunk_tensors(tensors, folder), folder)
+        load_tensors(model.score_head, head, folder)
+        return model
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the folder as transformers' GPT2ForSequenceClassification (one label) expects it."""
+        trunk = self.transformer.state_dict()
+        tensors = {"transformer." + name: tensor for name, tensor in trunk.items()}
+        tensors["score.weight"] = self.score_head.weight.detach()
+        write_config(folder, self.config, {"architectures": ["GPT2ForSequenceClassification"],
+                                           "id2label": {"0": "SCORE"}, "label2id": {"SCORE": 0}})
+        write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
+
+
+# ---- from logits to log-probabilities -------------------------------------------------------------
+
+def behaviour_logprobs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """logits (..., V) -> log-probabilities (..., V) of the distribution that actions come from.
+
+    careful: sampling, old, new and reference log-probabilities all go through here, temperature
+    included. Sampling at 0.7 and scoring at 1.0 is a well-known bug that runs without a word.
+    """
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def token_logprobs(hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
+                   unembedding: torch.Tensor, temperature: float = 1.0,
+                   entropy_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each masked action, and the entropy of the distribution it came from.
+
+    hidden (B, T, C), ids (B, T), mask (B, T-1) bool, unembedding (V, C)
+    -> logprobs (B, T-1) and entropy (B, T-1) in nats, both 0 outside the mask.
+    Logits are made for masked positions only: prompts and padding cost nothing.
+
+    Example: with V = 2, equal logits everywhere and one masked column, that column is -0.6931 in
+    `logprobs` and 0.6931 in `entropy`.
+    Lecture: lectures/00-map.md, "The alignment law".
+    """
+    states = hidden[:, :-1][mask]                                        # (N, C)
+    actions = ids[:, 1:][mask]                                           # (N,)   the only shift
+    everything = behaviour_logprobs(F.linear(states, unembedding), temperature)     # (N, V)
+    chosen = everything.gather(1, actions[:, None]).squeeze(1)           # (N,)
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        spread = -(everything.exp() * everything).sum(dim=1)             # (N,)
+    zeros = torch.zeros(mask.shape, dtype=chosen.dtype, device=ids.device)          # (B, T-1)
+    return zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, spread)
+
+
+# ---- sampling -------------------------------------------------------------------------------------
+
+class KVCache:
+    """Keys and values of every layer, so that a new token costs one column, not the whole row.
+
+    Rows may have different lengths: each new token is written at its own row's position, and
+    `visible` hides the columns behind it. What right padding left there is overwritten before it
+    can be seen.
+    """
+
+    def __init__(self, config: GPT2Config, rows: int, columns: int, like: torch.Tensor):
+        hs = config.n_embd // config.n_head
+        shape = (config.n_layer, rows, config.n_head, columns, hs)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+    def place(self, positions: torch.Tensor) -> None:
+        """The next forward pass brings tokens at these positions (B, new tokens)."""
+        self.positions = positions
+        self.columns = int(positions.max()) + 1
+        column = torch.arange(self.columns, device=positions.device)     # (columns,)
+        self.visible = column <= positions[:, None, :, None]             # (B, 1, new, columns)
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Store the new k, v (B, nh, new, hs); return all of them so far (B, nh, columns, hs)."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]        # (B, 1)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[rows, :, self.positions] = k.transpose(1, 2)                # (B, new, nh, hs)
+        values[rows, :, self.positions] = v.transpose(1, 2)              # (B, new, nh, hs)
+        return keys[:, :, :self.columns], values[:, :, :self.columns]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop finished rows; `rows` (B,) bool says which stay."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+@dataclass
+class Generation:
+    """What `generate` made. Per-token tensors follow the alignment law."""
+    ids: torch.Tensor             # (B, T) prompt + response, right-padded with the end token
+    prompt_lengths: torch.Tensor  # (B,)
+    lengths: torch.Tensor         # (B,) prompt + response, the end token included where chosen
+    ended: torch.Tensor           # (B,) bool: the end token was chosen
+    logprobs: torch.Tensor        # (B, T-1) of each sampled token under the sampling distribution
+
+
+def filter_logprobs(logprobs: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Keep the `top_k` likeliest tokens (0: all) and the smallest set holding `top_p` of the mass.
+
+    For people only: PPO samples from the whole distribution, because that is what it scores.
+    Example: probabilities .5 .3 .2 with top_p 0.7 become .625 .375 0.
+    """
+    if top_k > 0:
+        kth = logprobs.topk(min(top_k, logprobs.shape[-1])).values[:, -1:]          # (B, 1)
+        logprobs = logprobs.masked_fill(logprobs < kth, -math.inf)
+    if top_p < 1.0:
+        ordered, order = logprobs.softmax(dim=1).sort(dim=1, descending=True)       # (B, V)
+        behind = ordered.cumsum(dim=1) - ordered >= top_p                # mass before it is enough
+        logprobs = logprobs.masked_fill(behind.scatter(1, order, behind), -math.inf)
+    return logprobs.log_softmax(dim=1)
+
+
+def sample(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draw one token a row by inverting the cumulative distribution. (B, V), (B,) -> (B,).
+
+    One uniform number decides one token, so a row's sample does not depend on its neighbours.
+    Example: probabilities .2 .5 .3 and a uniform of 0.6 give token 1, because .2 <= 0.6 < .7.
+    """
+    cumulative = logprobs.double().exp().cumsum(dim=1)                   # (B, V)
+    target = uniforms[:, None] * cumulative[:, -1:]                      # (B, 1)
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return tokens.clamp(max=logprobs.shape[1] - 1)                       # (B,)
+
+
+def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_token: int,
+             generator: torch.Generator | None = None, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, greedy: bool = False) -> Generation:
+    """Continue every prompt until its end token or `max_new_tokens`, batched, with a KV cache.
+
+    prompts: B lists of token ids, of unequal lengths. The same generator state repeats the same
+    sample. Rows that ended leave the batch once a quarter of it has ended.
+    Raises: ValueError for an empty prompt, or when prompt plus response exceed the context.
+    """
+    longest = check_prompts(model, prompts, max_new_tokens)
+    check(temperature > 0, f"temperature is {temperature}, expected a value above 0")
+    B, device = len(prompts), model.wte.weight.device
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)   # (B,)
+    ids = torch.full((B, longest + max_new_tokens), end_token, device=device)           # (B, T)
+    for row, prompt in enumerate(prompts):
+        ids[row, :len(prompt)] = torch.tensor(prompt, device=device)
+    picked = torch.zeros(B, ids.shape[1] - 1, device=device)             # (B, T-1) log-probabilities
+    uniforms = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
+    lengths = prompt_lengths.clone()                                     # (B,)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)              # (B,)
+    rows = torch.arange(B, device=device)                # which row of the batch a cache row serves
+    with torch.no_grad():
+        cache = KVCache(model.config, B, ids.shape[1], model.wte.weight)
+        cache.place(torch.arange(longest, device=device).expand(B, -1))
+        hidden = model.hidden(ids[:, :longest], cache)                   # (B, longest, C)
+        hidden = hidden[rows, prompt_lengths - 1]                        # (B, C)
+        for step in range(max_new_tokens):
+            logprobs = behaviour_logprobs(model.logits(hidden), temperature)        # (R, V)
+            if top_k > 0 or top_p < 1.0:
+                logprobs = filter_logprobs(logprobs, top_k, top_p)
+            tokens = logprobs.argmax(dim=1) if greedy else sample(logprobs, uniforms[rows, step])
+            going = ~ended[rows]                                         # (R,) bool
+            live = rows[going]
+            ids[live, lengths[live]] = tokens[going]
+            picked[live, lengths[live] - 1] = logprobs.gather(1, tokens[:, None]).squeeze(1)[going]
+            lengths[live] += 1
+            ended[live] = tokens[going] == end_token
+            going = ~ended[rows]
+            if step + 1 == max_new_tokens or not going.any():
+                break
+            if going.sum() <= 0.75 * len(rows):
+                cache.keep(going)
+                rows = rows[going]
+            positions = lengths[rows] - 1                                # (R,) of the newest tokens
+            cache.place(positions[:, None])
+            hidden = model.hidden(ids[rows, positions][:, None], cache)[:, 0]       # (R, C)
+    T = int(lengths.max())
+    return Generation(ids[:, :T], prompt_lengths, lengths, ended, picked[:, :T - 1])
+
+
+def check_prompts(model: GPT2, prompts: list[list[int]], max_new_tokens: int) -> int:
+    """Refuse prompts that cannot be continued; return the length of the longest."""
+    check(len(prompts) > 0 and min(len(prompt) for prompt in prompts) > 0,
+          "generate needs at least one prompt, and at least one token in each")
+    check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    longest, limit = max(len(prompt) for prompt in prompts), model.config.n_positions
+    check(longest + max_new_tokens <= limit,
+          f"a prompt of {longest} tokens plus a response of {max_new_tokens} exceeds the model's "
+          f"context of {limit} tokens; shorten one of them")
+    vocabulary = model.config.vocab_size
+    check(max(max(prompt) for prompt in prompts) < vocabulary,
+          f"a prompt holds a token id outside the model's vocabulary of {vocabulary}; "
+          "is this the tokenizer that the model was trained with?")
+    return longest
+
+
+# ---- files ------------------------------------------------------------------------------------------
+
+FIXED_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                "reorder_and_upcast_attn": False, "tie_word_embeddings": True, "n_inner": None}
+
+
+def find_folder(name_or_folder: str) -> str:
+    """A folder as it is; a published name becomes checkpoints/<name>, downloaded when absent."""
+    if name_or_folder not in PUBLISHED_NAMES or os.path.isdir(name_or_folder):
+        return name_or_folder
+    folder = os.path.join("checkpoints", name_or_folder)
+    download_published(name_or_folder, folder)
+    return folder
+
+
+def read_config(folder: str) -> GPT2Config:
+    """Read config.json; anything that would change the arithmetic is refused by name."""
+    path = os.path.join(folder, "config.json")
+    values = read_json(path)
+    for name, expected in FIXED_CONFIG.items():
+        found = values.get(name, expected)
+        check(found == expected, f"{path}: {name} is {found!r}, minirlhf's GPT-2 has {expected!r}")
+    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    missing = [name for name in sizes if name not in values]
+    check(not missing, f"{path}: {', '.join(missing)} missing; expected the config of a GPT-2")
+    return GPT2Config(**{name: values[name] for name in sizes})
+
+
+def write_config(folder: str, config: GPT2Config, extra: dict) -> None:
+    """Write config.json; the end token is the last id of the vocabulary, as in GPT-2."""
+    end = config.vocab_size - 1
+    values = {"vocab_size": config.vocab_size, "n_positions": config.n_positions,
+              "n_ctx": config.n_positions, "n_embd": config.n_embd, "n_layer": config.n_layer,
+              "n_head": config.n_head, "bos_token_id": end, "eos_token_id": end,
+              "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "summary_first_dropout": 0.0,
+              "torch_dtype": "float32", "transformers_version": "4.44.0"}
+    write_json(os.path.join(folder, "config.json"), {**FIXED_CONFIG, **values, **extra})
+
+
+def trunk_tensors(tensors: dict[str, torch.Tensor], folder: str) -> dict[str, torch.Tensor]:
+    """Bring both published key styles to ours: no prefix, no mask buffers, no second unembedding."""
+    found = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix("transformer.")
+        if short.endswith((".attn.bias", ".attn.masked_bias")):
+            continue                                     # the causal mask, stored by older writers
+        check(short not in found, f"{folder}: tensor {short} is there with and without prefix")
+        found[short] = tensor
+    head = found.pop("lm_head.weight", None)
+    if head is not None:
+        tied = "wte.weight" in found and torch.equal(head, found["wte.weight"])
+        check(tied, f"{folder}: lm_head.weight differs from wte.weight, expected tied embeddings")
+    return found
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], folder: str) -> None:
+    """Copy `tensors` into `module`, converting to float32; name what does not fit."""
+    expected = module.state_dict()
+    missing = sorted(set(expected) - set(tensors))
+    extra = sorted(set(tensors) - set(expected))
+    check(not missing, f"{folder}: tensor {', '.join(missing[:3])} missing ({len(missing)} in all); "
+          "is this a GPT-2 checkpoint of the size that config.json states?")
+    check(not extra, f"{folder}: unexpected tensor {', '.join(extra[:3])} ({len(extra)} in all)")
+    for name, target in expected.items():
+        source = tensors[name]
+        check(source.shape == target.shape, f"{folder}: tensor {name} has shape "
+              f"{tuple(source.shape)}, expected {tuple(target.shape)}")
+        check(source.is_floating_point(), f"{folder}: tensor {name} has type {source.dtype}")
+        target.copy_(source)
+
+
+def check_tokenizer(model: nn.Module, tokenizer, folder: str) -> None:
+    """Refuse a tokenizer whose vocabulary is not the model's."""
+    check(tokenizer.vocab_size == model.config.vocab_size, f"{folder}: the tokenizer has "
+          f"{tokenizer.vocab_size} tokens, config.json says {model.config.vocab_size}; "
+          "the folder mixes files of two models")
+
+
+# ---- command line -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Options of `python -m minirlhf.gpt2`."""
+    model: str = "checkpoints/tiny"     # checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    prompt: str = "Prompt: What is the capital of France?\nResponse:"     # the text to continue
+    max_new_tokens: int = 40            # longest continuation, tokens
+    temperature: float = 1.0            # below 1 sharpens the distribution, above 1 flattens it
+    top_k: int = 0                      # sample among the k likeliest tokens; 0: all
+    top_p: float = 1.0                  # sample among the likeliest tokens holding this mass
+    greedy: bool = False                # always take the likeliest token
+    seed: int = 0                       # the same seed repeats the sample
+    selfcheck: bool = False             # verify GPT-2 124M's known greedy continuation and stop
+
+    def __post_init__(self):
+        check_range(self, "max_new_tokens", 1, 100_000)
+        check_range(self, "temperature", 1e-3, 100)
+        check_range(self, "top_k", 0, 10**9)
+        check_range(self, "top_p", 1e-6, 1)
+
+
+# "Alan Turing theorized that computers would one day become" -> " the most powerful machines on the
+# planet.", the greedy continuation of the published 124M weights
+KNOWN_PROMPT = [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716]
+KNOWN_CONTINUATION = [262, 749, 3665, 8217, 319, 262, 5440, 13]
+
+
+def stream(model: GPT2, prompt: list[int], cfg: SampleConfig, end_token: int):
+    """Yield the tokens of one continuation as they are sampled."""
+    check_prompts(model, [prompt], cfg.max_new_tokens)
+    generator = random_stream(cfg.seed)
+    cache = KVCache(model.config, 1, len(prompt) + cfg.max_new_tokens, model.wte.weight)
+    new, position = torch.tensor([prompt]), torch.arange(len(prompt))[None]         # (1, new)
+    for _ in range(cfg.max_new_tokens):
+        with torch.no_grad():
+            cache.place(position)
+            logits = model.logits(model.hidden(new, cache)[:, -1])       # (1, V)
+            logprobs = behaviour_logprobs(logits, cfg.temperature)       # (1, V)
+            logprobs = filter_logprobs(logprobs, cfg.top_k, cfg.top_p)
+            uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+            token = logprobs.argmax(dim=1) if cfg.greedy else sample(logprobs, uniform)    # (1,)
+        if token.item() == end_token:
+            return
+        yield token.item()
+        new, position = token[None], position[:, -1:] + 1                # (1, 1)
+
+
+def main(cfg: SampleConfig) -> str:
+    """Write a continuation to the terminal as it is sampled; return it."""
+    from minirlhf.data import Tokenizer                  # here: the network itself needs no text
+
+    model = GPT2.from_pretrained(cfg.model)
+    if cfg.selfcheck:
+        found = generate(model, [KNOWN_PROMPT], len(KNOWN_CONTINUATION), greedy=True, end_token=50256)
+        tokens = found.ids[0, len(KNOWN_PROMPT):].tolist()
+        check(tokens == KNOWN_CONTINUATION, f"selfcheck failed: the greedy continuation is {tokens}, "
+              f"the published 124M weights give {KNOWN_CONTINUATION}")
+        print("selfcheck passed: the greedy continuation is that of the published 124M weights")
+        return ""
+    tokenizer = Tokenizer.load(find_folder(cfg.model))
+    prompt = [tokenizer.end_token] + tokenizer.encode(cfg.prompt.replace("\\n", "\n"))
+    tokens, shown = [], ""
+    print(cfg.prompt.replace("\\n", "\n"), end="", flush=True)
+    for token in stream(model, prompt, cfg, tokenizer.end_token):
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):                  # hold back half of a multi-byte character
+            sys.stdout.write(text[len(shown):])
+            sys.stdout.flush()
+            shown = text
+    print()
+    return tokenizer.decode(tokens)
+
+
+if __name__ == "__main__":
+    run(main, SampleConfig)

@@ -1,0 +1,502 @@
+"""Stage 3, PPO: improve the SFT policy against the reward model, one token at a time.
+
+    python -m minirlhf.ppo
+    python -m minirlhf.ppo --reward my_module:my_reward --prompts prompts.jsonl --kl_coef 0.05
+
+In:  an SFT folder (start of the policy, and the frozen reference), a reward: reward-model folders or
+     a Python function, and prompts. Out: a checkpoint folder with the policy, its critic,
+     `metrics.csv` and `samples.txt` with token tables.
+
+The algorithm, once per iteration:
+    sample a response to each of `batch_size` prompts from the policy                       (rollout)
+    log-probabilities of its tokens under policy and reference; values by the critic; one score
+    reward of every token: -kl_coef * kl_ref; the last action gets the score on top
+    GAE turns rewards and values into advantages and returns; then advantages are whitened
+    for `epochs` passes over shuffled minibatches:                                           (update)
+        new log-probabilities and values of the same tokens
+        clipped policy loss + vf_coef * clipped value loss - ent_coef * entropy; one Adam step
+
+Choices and deviations:
+ 1. Sampling, old, new and reference log-probabilities all come from one function, with one
+    temperature, and no network has dropout. So the ratio is 1 on the first minibatch and kl_ref is
+    0 in iteration 0, and the run stops if they are not (`check_invariants`, `update`).
+ 2. The score sits on the last action: the end token, or the last token if none was chosen; then
+    `missing_end_penalty` is taken off the score, and the value behind it counts as 0.
+ 3. `returns` are taken before whitening; whitening is over all response tokens of the rollout.
+ 4. Means are over response tokens, so a long response weighs more than a short one.
+ 5. `--critic separate` (InstructGPT) starts the value network from the reward model;
+    `--critic shared` (the lecture) puts a value head on the policy's trunk. Both heads start at 0.
+ 6. The value loss is clipped and halved and Adam's epsilon is 1e-5, as in Ziegler et al. 2019.
+ 7. InstructGPT's PPO-ptx term and weight averaging are left out.
+
+Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
+Lecture: lectures/03-ppo.md.
+"""
+
+import os
+import time
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+
+from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_range,
+                             learning_rate, masked_mean, random_stream, run, whiten)
+from minirlhf.data import (Tokenizer, encode_prompt, fit_rows, load_function, read_records,
+                           response_mask)
+from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, generate, token_logprobs
+from minirlhf.rewards import is_function, load_reward
+from minirlhf.weights import write_atomically
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Options of `python -m minirlhf.ppo`."""
+    model: str = "checkpoints/sft"      # SFT folder: start of the policy, and the frozen reference
+    reward: str = "checkpoints/reward_model"    # folder, folders joined by commas, or module:function
+    ensemble: str = "mean"              # how several reward models agree: mean, or min (pessimistic)
+    prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function that returns records
+    prompt_count: int = 4000            # prompts to draw from; 0: all that the file has
+    gold: str = "minirlhf.world:gold_reward"    # module:function logged beside the score, never used
+    out: str = "checkpoints/ppo"        # folder to write
+    critic: str = "separate"            # separate (from the reward model) or shared (head on policy)
+    iterations: int = 25                # rollouts, each with its update
+    batch_size: int = 64                # prompts in a rollout (512 in InstructGPT)
+    max_new_tokens: int = 32            # longest response, tokens
+    temperature: float = 1.0            # of sampling and of every log-probability (1 in InstructGPT)
+    epochs: int = 2                     # passes over a rollout (4 in Ziegler et al., 1 in InstructGPT)
+    minibatch_size: int = 32            # sequences in one optimiser step
+    lr: float = 5e-4                    # peak rate of the policy; for GPT-2 124M rather 3e-6 to 1e-5
+    critic_lr: float = 1e-3             # peak rate of a separate critic
+    warmup_iterations: int = 3          # linear warm-up, then linear down to 0
+    gamma: float = 1.0                  # discount; 1: a token now is worth a token later
+    lam: float = 0.95                   # GAE's lambda (Ziegler et al.)
+    kl_coef: float = 0.1                # weight of kl_ref in the reward; beta in papers (0.02 InstructGPT)
+    kl_target: float = 0.0              # > 0: adapt kl_coef to this kl_ref a response, nats (6 in Ziegler)
+    kl_horizon: float = 10_000          # responses over which the adaptation works (Ziegler et al.)
+    cliprange: float = 0.2              # ratio clip (Schulman et al. 2017)
+    cliprange_value: float = 0.2        # how far a value may move from the old one in an update
+    vf_coef: float = 0.1                # weight of the value loss (Ziegler et al.)
+    ent_coef: float = 0.0               # weight of the entropy bonus
+    missing_end_penalty: float = 1.0    # taken off the score of a response that does not end
+    max_grad_norm: float = 1.0          # gradients of all that is trained are clipped to this norm
+    kl_old_stop: float = 0.0            # > 0: end an update early when kl_old exceeds this, nats a token
+    sample_every: int = 10              # iterations between printed token tables
+    seed: int = 0                       # of prompts, samples and minibatches
+
+    def __post_init__(self):
+        check_choice(self, "critic", ("separate", "shared"))
+        check_choice(self, "ensemble", ("mean", "min"))
+        for name in ("iterations", "batch_size", "max_new_tokens", "epochs", "minibatch_size",
+                     "sample_every"):
+            check_range(self, name, 1, 10**9)
+        for name in ("prompt_count", "warmup_iterations", "kl_horizon"):
+            check_range(self, name, 0, 10**9)
+        for name in ("lr", "critic_lr", "kl_coef", "kl_target", "vf_coef", "ent_coef", "kl_old_stop",
+                     "missing_end_penalty", "cliprange", "cliprange_value"):
+            check_range(self, name, 0, 1e6)
+        for name in ("gamma", "lam"):
+            check_range(self, name, 0, 1)
+        check_range(self, "temperature", 1e-3, 100)
+        check_range(self, "max_grad_norm", 1e-9, 1e9)
+        check(self.minibatch_size <= self.batch_size, f"--minibatch_size {self.minibatch_size} is "
+              f"larger than --batch_size {self.batch_size}")
+
+
+# ---- the mathematics -----------------------------------------------------------------------------
+
+def shaped_rewards(scores: torch.Tensor, kl_ref: torch.Tensor, mask: torch.Tensor,
+                   kl_coef: float) -> torch.Tensor:
+    """Reward of every token: -kl_coef * kl_ref, and the score on each row's last action.
+
+    scores (B,), kl_ref (B, T-1) nats, mask (B, T-1) bool -> rewards (B, T-1), 0 outside the mask.
+
+    Example: score 1, kl_coef 0.1, kl_ref 0.5, -0.2, 0.3 and all in the mask give
+    -0.05, 0.02, 0.97.
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2, token by token.
+    Lecture: lectures/03-ppo.md, "The KL-shaped reward".
+    """
+    rewards = torch.where(mask, -kl_coef * kl_ref, torch.zeros_like(kl_ref))        # (B, T-1)
+    column = torch.arange(mask.shape[1], device=mask.device)                        # (T-1,)
+    # careful: the last action is the last column of the mask, not the last column of the row
+    last_action = torch.where(mask, column, -1).max(dim=1).values                   # (B,)
+    is_last = column == last_action[:, None]                                        # (B, T-1)
+    return rewards + torch.where(is_last, scores[:, None], torch.zeros_like(rewards))
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float,
+        lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation: advantages and returns, (B, T-1) each, 0 outside the mask.
+
+    rewards, values (B, T-1), mask (B, T-1) bool. The value behind the last action counts as 0.
+    delta[t] = rewards[t] + gamma * values[t+1] - values[t]
+    advantages[t] = delta[t] + gamma * lam * advantages[t+1]
+    returns = advantages + values
+
+    Example: rewards -0.1, -0.2, 1.0, values 0.5, 0.4, 0.6, gamma 1, lam 0.95: delta is -0.2, 0.0,
+    0.4, advantages are 0.161, 0.38, 0.4 and returns 0.661, 0.78, 1.0.
+    Source: Schulman et al. 2015 (arXiv 1506.02438), equation 16.
+    Lecture: lectures/03-ppo.md, "GAE by hand".
+    """
+    values = torch.where(mask, values, torch.zeros_like(values))                    # (B, T-1)
+    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))                 # (B, T-1)
+    advantages = torch.zeros_like(values)                                           # (B, T-1)
+    next_value = torch.zeros_like(values[:, 0])                                     # (B,)
+    next_advantage = torch.zeros_like(values[:, 0])                                 # (B,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                   # (B,)
+        advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
+
+
+def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
+                mask: torch.Tensor, cliprange: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped objective, to be minimised, and the ratio of every token. All inputs (B, T-1).
+
+    ratio = exp(logprobs - old_logprobs); a token's loss is the larger of -ratio * advantage and
+    -clip(ratio, 1 - cliprange, 1 + cliprange) * advantage.
+
+    Example, cliprange 0.2: ratio 1.5 with advantage 1 gives -1.2 and no gradient; ratio 1.5 with
+    advantage -1 gives 1.5 with its gradient; ratio 1 with advantage 1 gives -1.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
+    Lecture: lectures/03-ppo.md, "The clipped objective".
+    """
+    difference = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    ratio = difference.exp()                                                        # (B, T-1)
+    unclipped = -ratio * advantages                                                 # (B, T-1)
+    clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages               # (B, T-1)
+    return masked_mean(torch.maximum(unclipped, clipped), mask), ratio
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor,
+               mask: torch.Tensor, cliprange_value: float) -> torch.Tensor:
+    """Half the mean squared error of the values, clipped around the old ones. All inputs (B, T-1).
+
+    Example, cliprange_value 0.2: value 1, old value 0, return 1: the clipped value 0.2 errs by 0.8,
+    the larger error counts, the loss is 0.5 * 0.64 = 0.32.
+    Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py, loss.
+    Lecture: lectures/03-ppo.md, "The critic".
+    """
+    nearby = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    errors = torch.maximum((values - returns) ** 2, (nearby - returns) ** 2)        # (B, T-1)
+    return 0.5 * masked_mean(errors, mask)
+
+
+def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, responses: int,
+                  horizon: float) -> float:
+    """Move kl_coef so that kl_ref (nats a response) approaches `target`.
+
+    Example: kl_coef 0.1, kl_ref 9, target 6, 64 responses, horizon 10000: the error 0.5 is cut to
+    0.2 and 0.1 becomes 0.1 * (1 + 0.2 * 64 / 10000) = 0.100128.
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+    """
+    error = max(-0.2, min(0.2, kl_ref / target - 1))
+    return kl_coef * (1 + error * responses / horizon)
+
+
+# ---- the networks --------------------------------------------------------------------------------
+
+class PolicyWithValue(nn.Module):
+    """Everything that PPO trains: the policy, and a critic of its own or a value head on its trunk."""
+
+    def __init__(self, policy: GPT2, critic: ScalarModel | None):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        if critic is None:
+            self.value_head = nn.Linear(policy.config.n_embd, 1)
+            nn.init.zeros_(self.value_head.weight)       # first advantages are the rewards' alone
+            nn.init.zeros_(self.value_head.bias)
+        else:
+            nn.init.zeros_(critic.score_head.weight)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, temperature: float,
+                entropy_grad: bool = False):
+        """ids (B, T), mask (B, T-1) -> logprobs, values, entropy, each (B, T-1)."""
+        hidden = self.policy.hidden(ids)                                            # (B, T, C)
+        logprobs, entropy = token_logprobs(hidden, ids, mask, self.policy.wte.weight, temperature,
+                                           entropy_grad)                            # (B, T-1) each
+        if self.critic is None:
+            values = self.value_head(hidden).squeeze(2)[:, :-1]                     # (B, T-1)
+        else:
+            values = self.critic(ids)[:, :-1]                                       # (B, T-1)
+        return logprobs, torch.where(mask, values, torch.zeros_like(values)), entropy
+
+
+def make_networks(cfg: PPOConfig) -> tuple[PolicyWithValue, GPT2]:
+    """Policy with critic, and the frozen reference. The policy and reference start equal."""
+    policy, ref_policy = GPT2.from_pretrained(cfg.model), GPT2.from_pretrained(cfg.model)
+    ref_policy.requires_grad_(False)
+    critic = None
+    if cfg.critic == "separate":
+        if is_function(cfg.reward):                      # a function has no weights to start from
+            critic = ScalarModel(policy.config)
+            critic.transformer.load_state_dict(policy.state_dict())
+        else:
+            critic = ScalarModel.from_pretrained(cfg.reward.split(",")[0])
+    return PolicyWithValue(policy, critic), ref_policy
+
+
+# ---- collecting ----------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    """One batch of responses with all that the update needs."""
+    ids: torch.Tensor             # (B, T)
+    prompt_lengths: torch.Tensor  # (B,)
+    lengths: torch.Tensor         # (B,)
+    ended: torch.Tensor           # (B,) bool
+    response_mask: torch.Tensor   # (B, T-1) bool
+    old_logprobs: torch.Tensor    # (B, T-1)
+    ref_logprobs: torch.Tensor    # (B, T-1)
+    old_values: torch.Tensor      # (B, T-1)
+    entropy: torch.Tensor         # (B, T-1)
+    scores: torch.Tensor          # (B,)
+    kl_ref: torch.Tensor          # (B, T-1)
+    rewards: torch.Tensor         # (B, T-1)
+    advantages: torch.Tensor      # (B, T-1) whitened
+    returns: torch.Tensor         # (B, T-1)
+
+    def __repr__(self) -> str:
+        lines = []
+        for field in fields(self):
+            x = getattr(self, field.name)
+            kept = x[self.response_mask] if x.shape == self.response_mask.shape else x
+            numbers = kept.float()
+            lines.append(f"{field.name:15} {str(tuple(x.shape)):12} mean {numbers.mean():9.3f}  "
+                         f"min {numbers.min():9.3f}  max {numbers.max():9.3f}")
+        return "Rollout (figures over response tokens)\n  " + "\n  ".join(lines)
+
+
+def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokenizer: Tokenizer,
+            prompts: list[list[int]], cfg: PPOConfig, kl_coef: float, iteration: int) -> Rollout:
+    """Sample responses, score them, and turn scores into advantages and returns."""
+    with torch.no_grad():
+        made = generate(networks.policy, prompts, cfg.max_new_tokens, end_token=tokenizer.end_token,
+                        generator=random_stream(cfg.seed, 1, iteration), temperature=cfg.temperature)
+        ids, lengths = made.ids, made.lengths                                       # (B, T), (B,)
+        mask = response_mask(made.prompt_lengths, lengths, ids.shape[1])            # (B, T-1)
+        old_logprobs, old_values, entropy = networks(ids, mask, cfg.temperature)    # (B, T-1) each
+        ref_logprobs, _ = token_logprobs(ref_policy.hidden(ids), ids, mask, ref_policy.wte.weight,
+                                         cfg.temperature)                           # (B, T-1)
+        scores = reward_function(ids, made.prompt_lengths, lengths, tokenizer).float()         # (B,)
+    for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
+                         ("old_values", old_values), ("scores", scores)):
+        check_finite(name, tensor, f"iteration {iteration}")
+    scores = scores - cfg.missing_end_penalty * ~made.ended                         # (B,)
+    kl_ref = old_logprobs - ref_logprobs                                            # (B, T-1)
+    rewards = shaped_rewards(scores, kl_ref, mask, kl_coef)                         # (B, T-1)
+    advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)        # (B, T-1) each
+    advantages = whiten(advantages, mask)                # careful: after the returns, not before
+    batch = Rollout(ids, made.prompt_lengths, lengths, made.ended, mask, old_logprobs, ref_logprobs,
+                    old_values, entropy, scores, kl_ref, rewards, advantages, returns)
+    check_invariants(batch, made.logprobs, kl_coef, iteration)
+    return batch
+
+
+def check_invariants(batch: Rollout, sampled_logprobs: torch.Tensor, kl_coef: float,
+                     iteration: int) -> None:
+    """What must hold in every rollout; the tolerance is for float32 sums in another order."""
+    mask = batch.response_mask
+    apart = ((sampled_logprobs - batch.old_logprobs) * mask).abs().max().item()
+    check(apart < 1e-2, f"iteration {iteration}: tokens were sampled from another distribution than "
+          f"they are scored under (log-probabilities differ by {apart:.3g})")
+    if iteration == 0:
+        largest = batch.kl_ref.abs().max().item()
+        check(largest < 1e-3, f"kl_ref is {largest:.3g} in iteration 0, expected 0: policy and "
+              "reference must start from the same weights")
+    expected = batch.scores - kl_coef * (batch.kl_ref * mask).sum(dim=1)            # (B,)
+    apart = (batch.rewards.sum(dim=1) - expected).abs().max().item()
+    check(apart < 1e-3 * (1 + expected.abs().max().item()), f"iteration {iteration}: the rewards of "
+          f"a response do not add up to score - kl_coef * kl_ref (off by {apart:.3g})")
+
+
+# ---- update --------------------------------------------------------------------------------------
+
+def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: Rollout,
+           cfg: PPOConfig, iteration: int) -> dict:
+    """Several passes over the rollout in shuffled minibatches; metrics over all real tokens."""
+    B, old_logprobs = len(batch.ids), batch.old_logprobs
+    sums = dict.fromkeys(("kl_old", "clipfrac", "pg_loss", "vf_loss"), 0.0)
+    tokens, steps, ratio_max, grad_norms, stopped = 0, 0, 0.0, 0.0, False
+    for epoch in range(cfg.epochs):
+        order = torch.randperm(B, generator=random_stream(cfg.seed, 2, iteration, epoch))
+        for rows in order.split(cfg.minibatch_size):
+            mask = batch.response_mask[rows]                                        # (b, T-1)
+            logprobs, values, entropy = networks(batch.ids[rows], mask, cfg.temperature,
+                                                 entropy_grad=cfg.ent_coef > 0)     # (b, T-1) each
+            pg_loss, ratio = policy_loss(logprobs, old_logprobs[rows], batch.advantages[rows], mask,
+                                         cfg.cliprange)
+            vf_loss = value_loss(values, batch.old_values[rows], batch.returns[rows], mask,
+                                 cfg.cliprange_value)
+            loss = pg_loss + cfg.vf_coef * vf_loss - cfg.ent_coef * masked_mean(entropy, mask)
+            check_finite("loss", loss.detach(), f"iteration {iteration}, step {steps}")
+            moved = ratio.detach()[mask]                                            # (N,)
+            if steps == 0:
+                apart = (moved - 1).abs().max().item()
+                check(apart < 1e-2, f"iteration {iteration}: the first ratio is off 1 by {apart:.3g}: "
+                      "policy and rollout disagree before any step was taken")
+            kl_old = (moved - 1 - moved.log()).mean().item()     # k3, never negative
+            if cfg.kl_old_stop > 0 and kl_old > cfg.kl_old_stop:
+                stopped = True
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), cfg.max_grad_norm)
+            check_finite("gradient norm", grad_norm, f"iteration {iteration}, step {steps}")
+            optimizer.step()
+            n = len(moved)
+            tokens, steps, grad_norms = tokens + n, steps + 1, grad_norms + grad_norm.item()
+            sums["kl_old"] += kl_old * n
+            sums["clipfrac"] += ((moved - 1).abs() > cfg.cliprange).sum().item()
+            sums["pg_loss"] += pg_loss.item() * n
+            sums["vf_loss"] += vf_loss.item() * n
+            ratio_max = max(ratio_max, moved.max().item())
+        if stopped:
+            break
+    means = {name: total / tokens for name, total in sums.items()}
+    return {**means, "ratio_max": ratio_max, "grad_norm": grad_norms / steps}
+
+
+# ---- metrics and the token table -----------------------------------------------------------------
+
+METRICS = ["iteration",      # rollouts before this one
+           "score",          # mean of the reward function, missing-end penalty included
+           "gold",           # mean of the gold judge, which nothing optimises; empty without one
+           "rewards",        # mean over responses of the sum of a response's rewards
+           "kl_ref",         # mean over responses of the sum of kl_ref: nats a response
+           "kl_old",         # KL of the updated policy against its own rollout (k3): nats a token
+           "entropy",        # of the sampling distribution: nats a token
+           "clipfrac",       # share of tokens with the ratio outside the clip range
+           "ratio_max",      # largest ratio of any token
+           "pg_loss",        # policy loss
+           "vf_loss",        # value loss, before vf_coef
+           "explained_var",  # 1 - Var(returns - old_values) / Var(returns): 1 perfect, 0 useless
+           "response_len",   # mean response length in tokens, end token included
+           "end_rate",       # share of responses that chose the end token
+           "grad_norm",      # before clipping, mean over steps
+           "lr",             # the policy's
+           "seconds",        # of the iteration
+           "kl_coef"]        # weight of kl_ref that this iteration used
+
+
+def measure(batch: Rollout, gold: torch.Tensor | None) -> dict:
+    """The metrics that a rollout gives, before its update."""
+    mask = batch.response_mask
+    errors = (batch.returns - batch.old_values)[mask]                               # (N,)
+    spread = batch.returns[mask].var(unbiased=False).item()
+    return {"score": batch.scores.mean().item(),
+            "gold": gold.float().mean().item() if gold is not None else "",
+            "rewards": batch.rewards.sum(dim=1).mean().item(),
+            "kl_ref": (batch.kl_ref * mask).sum(dim=1).mean().item(),
+            "entropy": masked_mean(batch.entropy, mask).item(),
+            "explained_var": 1 - errors.var(unbiased=False).item() / max(spread, 1e-8),
+            "response_len": (batch.lengths - batch.prompt_lengths).float().mean().item(),
+            "end_rate": batch.ended.float().mean().item()}
+
+
+def token_table(batch: Rollout, row: int, tokenizer: Tokenizer) -> str:
+    """One response, token by token, with everything PPO knows about it; totals below."""
+    prompt = batch.ids[row, :batch.prompt_lengths[row]].tolist()
+    columns = batch.response_mask[row].nonzero().squeeze(1).tolist()
+    names = ("old_logprobs", "ref_logprobs", "kl_ref", "rewards", "old_values", "advantages", "returns")
+    lines = [f"prompt: {tokenizer.decode(prompt)!r}   score {batch.scores[row]:.3f}",
+             f"{'token':16}" + "".join(f"{name:>14}" for name in names)]
+    for t in columns:
+        text = repr(tokenizer.decode([int(batch.ids[row, t + 1])], skip_end=False))[1:-1]
+        lines.append(f"{text:16}" + "".join(f"{getattr(batch, name)[row, t]:14.3f}" for name in names))
+    totals = [f"{getattr(batch, name)[row].sum():14.3f}" for name in names[:4]]
+    lines.append(f"{'sum':16}" + "".join(totals) + "   rewards = score - kl_coef * kl_ref")
+    return "\n".join(lines)
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+def collect_prompts(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """Prompts as token ids; those that leave no room for a response are dropped and counted."""
+    records = read_records(cfg.prompts, "prompts", count=cfg.prompt_count, seed=cfg.seed,
+                           model=cfg.model)
+    rows = [encode_prompt(tokenizer, record["prompt"]) for record in records]
+    kept, too_long = fit_rows(rows, context - cfg.max_new_tokens)
+    print(f"{len(kept)} prompts ({too_long} that leave no room for {cfg.max_new_tokens} new tokens in "
+          f"the context of {context} dropped)")
+    check(len(kept) >= cfg.batch_size, f"{cfg.prompts}: {len(kept)} prompts, expected at least the "
+          f"--batch_size of {cfg.batch_size}")
+    return kept
+
+
+def draw_prompts(prompts: list[list[int]], cfg: PPOConfig, iteration: int) -> list[list[int]]:
+    """The iteration's prompts: all are used once before any comes again."""
+    per_pass = len(prompts) // cfg.batch_size
+    order = torch.randperm(len(prompts), generator=random_stream(cfg.seed, 0, iteration // per_pass))
+    first = iteration % per_pass * cfg.batch_size
+    return [prompts[i] for i in order[first:first + cfg.batch_size]]
+
+
+def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPOConfig) -> None:
+    """Write the policy, and beside it the critic, so that nothing that was trained is lost."""
+    tokenizer.save(cfg.out)
+    write_atomically(os.path.join(cfg.out, "samples.txt"), samples.encode("utf-8"))
+    critic = networks.critic
+    if critic is None:                                   # written as the scalar model that it is
+        critic = ScalarModel(networks.policy.config)
+        critic.transformer.load_state_dict(networks.policy.state_dict())
+        critic.score_head.load_state_dict({"weight": networks.value_head.weight})
+    critic.save_pretrained(os.path.join(cfg.out, "critic"))
+    tokenizer.save(os.path.join(cfg.out, "critic"))
+    networks.policy.save_pretrained(cfg.out)
+
+
+def main(cfg: PPOConfig) -> dict:
+    """Train and save; returns the last row of metrics."""
+    networks, ref_policy = make_networks(cfg)
+    policy, tokenizer = networks.policy, Tokenizer.load(cfg.model)
+    check_tokenizer(policy, tokenizer, cfg.model)
+    reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer)
+    gold_function = load_function(cfg.gold) if cfg.gold else None
+    prompts = collect_prompts(cfg, tokenizer, policy.config.n_positions)
+
+    policy_parameters = set(policy.parameters())
+    critic_parameters = [p for p in networks.parameters() if p not in policy_parameters]
+    groups = [{"params": list(policy.parameters()), "peak": cfg.lr},
+              {"params": critic_parameters, "peak": cfg.critic_lr}]
+    optimizer = torch.optim.Adam(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5)
+    metrics = MetricsFile(cfg.out, METRICS)
+    kl_coef, samples, row = cfg.kl_coef, "", {}
+    print(f"PPO: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.critic} critic, "
+          f"reward {cfg.reward}", flush=True)
+    for iteration in range(cfg.iterations):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(iteration, cfg.iterations, group["peak"],
+                                        cfg.warmup_iterations, "linear")
+        batch = rollout(networks, ref_policy, reward_function, tokenizer,
+                        draw_prompts(prompts, cfg, iteration), cfg, kl_coef, iteration)
+        gold = None
+        if gold_function is not None:
+            gold = gold_function(batch.ids, batch.prompt_lengths, batch.lengths, tokenizer)    # (B,)
+        found = {**measure(batch, gold), **update(networks, optimizer, batch, cfg, iteration)}
+        found.update(iteration=iteration, lr=optimizer.param_groups[0]["lr"], kl_coef=kl_coef,
+                     seconds=time.perf_counter() - started)
+        row = {name: found[name] for name in METRICS}
+        metrics.write(row)
+        gold_text = f"gold {row['gold']:6.2f}  " if gold is not None else ""
+        print(f"  iteration {iteration:3d}  score {row['score']:6.2f}  {gold_text}kl_ref "
+              f"{row['kl_ref']:5.2f}  entropy {row['entropy']:.2f}  clipfrac {row['clipfrac']:.2f}  "
+              f"explained_var {row['explained_var']:5.2f}  length {row['response_len']:4.1f}  "
+              f"{row['seconds']:.1f} s", flush=True)
+        if iteration % cfg.sample_every == 0 or iteration + 1 == cfg.iterations:
+            table = token_table(batch, 0, tokenizer)
+            samples += f"iteration {iteration}\n{table}\n\n"
+            print(table, flush=True)
+        if cfg.kl_target > 0:
+            kl_coef = adapt_kl_coef(kl_coef, row["kl_ref"], cfg.kl_target, cfg.batch_size,
+                                    cfg.kl_horizon)
+    frozen = list(ref_policy.parameters())
+    assert all(p.grad is None for p in frozen), "a frozen network received a gradient"
+    save(networks, tokenizer, samples, cfg)
+    return row
+
+
+if __name__ == "__main__":
+    run(main, PPOConfig)

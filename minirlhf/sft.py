@@ -1,0 +1,216 @@
+"""Stage 1, supervised fine-tuning: teach a base model to answer, from demonstrations.
+
+    python -m minirlhf.sft
+    python -m minirlhf.sft --model gpt2 --data demonstrations.jsonl --lr 2e-5 --out checkpoints/my-sft
+
+In:  a base model folder (or `gpt2`, ...) and demonstrations: prompts with the response a person
+     wrote. Out: a checkpoint folder with the fine-tuned model, `metrics.csv` and `samples.txt`.
+
+The algorithm: write each demonstration as prompt tokens, response tokens, end token. Ask the model
+for the log-probability of every response token given all that comes before it. The loss is minus
+their mean, so a step makes the demonstrated response likelier. The prompt's own tokens are context,
+never a target: the model should learn to answer questions, not to ask them.
+
+Choices and deviations:
+ 1. Only response tokens are in the loss, the end token among them: a model that never learns to end
+    cannot be scored as a whole answer in stage 3.
+ 2. The mean is over all response tokens of a step, however they are split by accumulation, so
+    `--accumulation` changes memory and nothing else. Long responses weigh more than short ones.
+ 3. InstructGPT trained 16 epochs with dropout; here 2 or 3 epochs without. A high rate or many
+    epochs make a small model forget what the base knew.
+ 4. Rows longer than the context are dropped and counted, never cut: a cut row has no end token.
+
+Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
+Lecture: lectures/01-sft.md.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate, random_stream,
+                             run, shuffled_batches)
+from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records,
+                           response_mask)
+from minirlhf.gpt2 import GPT2, check_tokenizer, find_folder, generate, token_logprobs
+from minirlhf.weights import write_atomically
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Options of `python -m minirlhf.sft`."""
+    model: str = "checkpoints/tiny"     # base model: checkpoint folder, or gpt2, gpt2-medium, ...
+    data: str = "minirlhf.world:demonstrations"    # .jsonl file, or module:function that returns records
+    examples: int = 4000                # demonstrations to use; 0: all that the file has
+    held_out: int = 200                 # of these, kept for the held-out loss
+    out: str = "checkpoints/sft"        # folder to write
+    epochs: int = 2                     # passes over the demonstrations
+    batch_size: int = 32                # demonstrations a step
+    accumulation: int = 1               # parts that a step's batch is computed in, to save memory
+    lr: float = 5e-4                    # peak learning rate; for GPT-2 124M rather 2e-5
+    warmup_steps: int = 10              # steps of linear warm-up, then cosine down to 0
+    weight_decay: float = 0.01          # AdamW's
+    max_grad_norm: float = 1.0          # gradients are clipped to this norm
+    max_new_tokens: int = 32            # longest response in the samples, tokens
+    eval_every: int = 50                # steps between held-out losses and samples
+    seed: int = 0                       # of data, order and samples
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulation", "max_new_tokens", "eval_every",
+                     "held_out"):
+            check_range(self, name, 1, 10**9)
+        check_range(self, "examples", 0, 10**9)
+        check_range(self, "lr", 0, 10)
+        check_range(self, "warmup_steps", 0, 10**9)
+        check_range(self, "weight_decay", 0, 10)
+        check_range(self, "max_grad_norm", 1e-9, 1e9)
+
+
+# ---- the mathematics -----------------------------------------------------------------------------
+
+def sft_loss(logprobs: torch.Tensor, mask: torch.Tensor, token_count: int) -> torch.Tensor:
+    """Minus the sum of the response tokens' log-probabilities over `token_count`: nats a token.
+
+    logprobs and mask (B, T-1); `token_count` is the number of response tokens in the whole step, so
+    that the losses of the parts of a step add up to the loss of the step.
+
+    Example: log-probabilities -1, -2, -9 with mask 1, 1, 0 and token_count 2 give 1.5.
+    Lecture: lectures/01-sft.md, "The loss".
+    """
+    kept = torch.where(mask, logprobs, torch.zeros_like(logprobs))                  # (B, T-1)
+    return -kept.sum() / token_count
+
+
+# ---- collecting ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One demonstration as token ids."""
+    prompt: list[int]
+    response: list[int]                 # ends with the end token
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def collect(cfg: SFTConfig, folder: str, tokenizer: Tokenizer, limit: int) -> list[Demonstration]:
+    """Read, tokenize and bound the demonstrations; what does not fit is dropped and counted."""
+    records = read_records(cfg.data, "demonstrations", count=cfg.examples, seed=cfg.seed, model=folder)
+    rows = []
+    for record in records:
+        prompt = encode_prompt(tokenizer, record["prompt"])
+        rows.append(Demonstration(prompt, encode_response(tokenizer, record["response"])))
+    kept, too_long = fit_rows(rows, limit)
+    print(f"{len(kept)} demonstrations of at most {limit} tokens ({too_long} longer ones dropped)")
+    check(len(kept) > cfg.held_out, f"{cfg.data}: {len(kept)} demonstrations are left, expected more "
+          f"than the {cfg.held_out} to hold out; lower --held_out")
+    return kept
+
+
+def make_batch(rows: list[Demonstration], end_token: int):
+    """Rows -> ids (B, T) right-padded, mask (B, T-1) bool: the columns whose action is response."""
+    ids, lengths = pad([row.prompt + row.response for row in rows], end_token)      # (B, T), (B,)
+    prompt_lengths = torch.tensor([len(row.prompt) for row in rows])                # (B,)
+    return ids, response_mask(prompt_lengths, lengths, ids.shape[1])
+
+
+# ---- one step, evaluation ------------------------------------------------------------------------
+
+def batch_loss(policy: GPT2, ids: torch.Tensor, mask: torch.Tensor, token_count: int) -> torch.Tensor:
+    """The step loss's share of these rows."""
+    hidden = policy.hidden(ids)                                                     # (B, T, C)
+    logprobs, _ = token_logprobs(hidden, ids, mask, policy.wte.weight)              # (B, T-1)
+    return sft_loss(logprobs, mask, token_count)
+
+
+def train_step(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[Demonstration],
+               cfg: SFTConfig, end_token: int, where: str) -> tuple[float, float]:
+    """One optimiser step on `rows`; returns loss and gradient norm."""
+    token_count = sum(len(row.response) for row in rows)
+    part = -(-len(rows) // cfg.accumulation)             # rows in each part, rounded up
+    total = 0.0
+    optimizer.zero_grad()
+    for first in range(0, len(rows), part):
+        ids, mask = make_batch(rows[first:first + part], end_token)
+        loss = batch_loss(policy, ids, mask, token_count)
+        check_finite("loss", loss.detach(), where)
+        loss.backward()
+        total += loss.item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+    check_finite("gradient norm", grad_norm, where)
+    optimizer.step()
+    return total, grad_norm.item()
+
+
+def evaluate(policy: GPT2, rows: list[Demonstration], batch_size: int, end_token: int) -> float:
+    """Mean loss in nats a token over held-out demonstrations."""
+    token_count = sum(len(row.response) for row in rows)
+    total = 0.0
+    with torch.no_grad():
+        for first in range(0, len(rows), batch_size):
+            ids, mask = make_batch(rows[first:first + batch_size], end_token)
+            total += batch_loss(policy, ids, mask, token_count).item()
+    return total
+
+
+def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer, cfg: SFTConfig,
+                  step: int) -> str:
+    """Responses to a few held-out prompts, as text."""
+    prompts = [row.prompt for row in rows[:4]]
+    made = generate(policy, prompts, cfg.max_new_tokens, end_token=tokenizer.end_token,
+                    generator=random_stream(cfg.seed, 1, step))
+    lines = []
+    for row, prompt in enumerate(prompts):
+        response = made.ids[row, len(prompt):made.lengths[row]].tolist()
+        lines.append(f"  {tokenizer.decode(prompt)}{tokenizer.decode(response)}".replace("\n", " | "))
+    return f"step {step}\n" + "\n".join(lines) + "\n"
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+def main(cfg: SFTConfig) -> dict:
+    """Fine-tune and save; returns the last row of metrics."""
+    folder = find_folder(cfg.model)
+    policy, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
+    check_tokenizer(policy, tokenizer, folder)
+    limit = policy.config.n_positions
+    rows = collect(cfg, folder, tokenizer, limit)
+    longest_prompt = limit - cfg.max_new_tokens
+    held_out, train = rows[:cfg.held_out], rows[cfg.held_out:]
+    samplable = [row for row in held_out if len(row.prompt) <= longest_prompt]
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    metrics = MetricsFile(cfg.out, ["step", "loss", "held_out_loss", "grad_norm", "lr"])
+    lengths = [len(row) for row in train]
+    total_steps = cfg.epochs * -(-len(train) // cfg.batch_size)
+    print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
+          f"held-out loss before {evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token):.3f}",
+          flush=True)
+    step, samples = 0, ""
+    for epoch in range(cfg.epochs):
+        for batch in shuffled_batches(lengths, cfg.batch_size, random_stream(cfg.seed, 0, epoch)):
+            lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "cosine")
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, grad_norm = train_step(policy, optimizer, [train[i] for i in batch], cfg,
+                                         tokenizer.end_token, f"step {step}")
+            step += 1
+            due = step % cfg.eval_every == 0 or step == total_steps
+            row = {"step": step, "loss": loss, "held_out_loss": "", "grad_norm": grad_norm, "lr": lr}
+            if due:
+                row["held_out_loss"] = evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token)
+                print(f"  step {step:4d}/{total_steps}  loss {loss:.3f}  "
+                      f"held out {row['held_out_loss']:.3f}", flush=True)
+                if samplable:
+                    samples += write_samples(policy, samplable, tokenizer, cfg, step)
+            metrics.write(row)
+    print(samples[samples.rfind("step "):], end="", flush=True)
+    tokenizer.save(cfg.out)
+    write_atomically(os.path.join(cfg.out, "samples.txt"), samples.encode("utf-8"))
+    policy.save_pretrained(cfg.out)
+    return row
+
+
+if __name__ == "__main__":
+    run(main, SFTConfig)
