@@ -1,18 +1,18 @@
 """A small English world with known answers: everything that the three stages need, made by program.
 
-Plain functions, named by the trainers' options as "minirlhf.world:demonstrations" and so on. Only `comparisons` and
-`gold_reward` need torch; they are loaded when they are called.
+Plain functions, named by the trainers' options as "minirlhf.world:demonstrations" and so on.
+Only `comparisons` and `gold_reward` need torch; they are loaded when they are called.
 """
 from minirlhf.world.corpus import corpus
 from minirlhf.world.judge import Judgement, judge
 from minirlhf.world.labellers import demonstrations, held_out_prompts, prompts
 
-__all__ = ["Judgement", "comparisons", "corpus", "demonstrations", "gold_reward", "held_out_prompts", "judge",
-           "prompts"]
+__all__ = ["Judgement", "comparisons", "corpus", "demonstrations", "gold_reward",
+           "held_out_prompts", "judge", "prompts"]
 
 
-def comparisons(count: int, seed: int, model: str) -> list:
-    """Comparisons of responses that the policy in folder `model` samples; see `collect.comparisons`."""
+def comparisons(count: int, seed: int, model: str) -> list[dict]:
+    """Comparisons of responses that the policy in `model` samples; see `collect.comparisons`."""
     from minirlhf.world import collect
     return collect.comparisons(count, seed, model)
 

@@ -1,4 +1,4 @@
-"""What needs a model: comparisons of a policy's own responses, and the gold judge as a reward function."""
+"""What needs torch: comparisons of a policy's responses, and the gold judge as a reward."""
 import torch
 
 from minirlhf.data import Tokenizer, encode_prompt, format_prompt
@@ -11,38 +11,43 @@ PROMPTS_PER_BATCH = 64
 MAX_NEW_TOKENS = 32
 
 
-def sample_responses(policy, tokenizer, questions, generator):
+def sample_responses(policy: GPT2, tokenizer: Tokenizer, questions: list[str],
+                     generator: torch.Generator) -> list[list[tuple[str, bool]]]:
     """K responses to each question: a list, one entry a question, of K pairs (text, ended)."""
     rows = [encode_prompt(tokenizer, format_prompt(question)) for question in questions
             for _ in range(SAMPLES_PER_PROMPT)]
     with torch.no_grad():
-        out = generate(policy, rows, MAX_NEW_TOKENS, end_token=tokenizer.end_token, generator=generator)
+        out = generate(policy, rows, MAX_NEW_TOKENS, end_token=tokenizer.end_token,
+                       generator=generator)
     samples = []
     for row in range(len(rows)):
         response = out.ids[row, out.prompt_lengths[row]:out.lengths[row]].tolist()
         samples.append((tokenizer.decode(response).strip(), bool(out.ended[row])))
-    return [samples[start:start + SAMPLES_PER_PROMPT] for start in range(0, len(rows), SAMPLES_PER_PROMPT)]
+    return [samples[start:start + SAMPLES_PER_PROMPT]
+            for start in range(0, len(rows), SAMPLES_PER_PROMPT)]
 
 
-def compare(question, samples):
-    """All pairs of a prompt's responses that the gold judge tells apart, the better one as `chosen`."""
+def compare(question: str, samples: list[tuple[str, bool]]) -> list[dict]:
+    """All pairs of a prompt's responses that the judge tells apart, the better one as `chosen`."""
     judged = [(judge(question, text, ended).score, text) for text, ended in samples if text]
     records = []
     for first in range(len(judged)):
         for second in range(first + 1, len(judged)):
-            (better, chosen), (worse, rejected) = sorted((judged[first], judged[second]), reverse=True)
+            pair = sorted((judged[first], judged[second]), reverse=True)
+            (better, chosen), (worse, rejected) = pair
             if better > worse and chosen != rejected:
                 records.append({"prompt": question, "chosen": chosen, "rejected": rejected,
                                 "margin": round(better - worse, 6)})
     return records
 
 
-def comparisons(count: int, seed: int, model: str) -> list:
-    """`count` comparisons {"prompt", "chosen", "rejected", "margin"} of responses sampled from the policy in `model`.
+def comparisons(count: int, seed: int, model: str) -> list[dict]:
+    """`count` comparisons of responses sampled from the policy in folder `model`.
 
-    For each prompt of the training split the policy writes K = 4 responses at temperature 1; the gold judge orders
-    them, and every pair with different scores is one comparison (`margin` is the difference). Ties are skipped.
-    Pairs of one prompt stand together: split them by prompt, not by line.
+    For each prompt of the training split the policy writes K = 4 responses at temperature 1. The
+    gold judge orders them, and every pair that it tells apart is one comparison
+    {"prompt", "chosen", "rejected", "margin"}, the margin being the difference in score.
+    careful: the pairs of one prompt stand together; to hold some out, cut between prompts.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, found {count}")
@@ -50,20 +55,22 @@ def comparisons(count: int, seed: int, model: str) -> list:
     policy.eval()
     tokenizer = Tokenizer.load(model)
     generator = torch.Generator().manual_seed(seed)
-    supply = prompts(count + PROMPTS_PER_BATCH, seed)       # more than enough, unless nearly everything is a tie
+    supply = prompts(count + PROMPTS_PER_BATCH, seed)       # enough, unless most are ties
     records = []
     for start in range(0, len(supply), PROMPTS_PER_BATCH):
         questions = [record["prompt"] for record in supply[start:start + PROMPTS_PER_BATCH]]
-        for question, samples in zip(questions, sample_responses(policy, tokenizer, questions, generator)):
-            records += compare(question, samples)
+        samples = sample_responses(policy, tokenizer, questions, generator)
+        for question, responses in zip(questions, samples):
+            records += compare(question, responses)
         if len(records) >= count:
             return records[:count]
-    raise ValueError(f"expected {count} comparisons, found {len(records)} after {len(supply)} prompts: the responses "
-                     f"of {model} hardly differ, so there is nothing to compare")
+    raise ValueError(f"expected {count} comparisons, found {len(records)} after {len(supply)} "
+                     f"prompts: the responses of {model} hardly differ, so nothing can be compared")
 
 
-def gold_reward(ids, prompt_lengths, lengths, tokenizer):
-    """The gold judge as a reward function: scores (B,) of the responses in ids (B, T), for PPO without a reward model.
+def gold_reward(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor,
+                tokenizer: Tokenizer) -> torch.Tensor:
+    """The gold judge as a reward function: scores (B,) of the responses in ids (B, T).
 
     Raises ValueError if a row's prompt is not one of the text world's.
     """
@@ -73,4 +80,4 @@ def gold_reward(ids, prompt_lengths, lengths, tokenizer):
         response = tokenizer.decode(row[prompt_length:length])
         ended = length > prompt_length and row[length - 1] == tokenizer.end_token
         scores.append(judge(prompt, response, ended).score)
-    return torch.tensor(scores)                                                             # (B,)
+    return torch.tensor(scores)                                                     # (B,)

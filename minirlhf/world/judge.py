@@ -1,27 +1,32 @@
 """The gold judge: a program that reads a prompt and a response and says how good the response is.
 
-It stands for the person whose taste the reward model tries to learn. Because it is a program, the lecture's claims
-can be measured: whether RLHF wins, when the policy starts to fool its reward model, and by how much. The score is a
-sum of named parts, at most 3.5:
+It stands for the person whose taste the reward model tries to learn. Because it is a program, the
+lecture's claims can be measured: whether RLHF wins, when the policy starts to fool its reward
+model, and by how much. The score is a sum of named parts, at most 3.5:
 
-    correct      +2 right, -1 wrong or no answer, 0 both right and wrong; recipes and lists: 2 x (right items / needed)
-                 less 0.5 for each wrong, surplus or doubled item, never under -1, and -1 if nothing is right
-    sentence     +0.5 if a full sentence names what was asked about and gives a right answer
-    ending       +0.5 if the response ended by itself on . ! or ?, else -0.5
-    courtesy     +0.5 if it answered and its last sentence is one of the six closers; -0.5 for each further closer
-    brevity      -0.05 for each word past 18
-    filler       -0.4 for each sentence (at most 4) that is neither an answer nor a closer
-    hedge        -0.5 if it doubts itself
-    rude         -0.7 if it is rude
-    repetition   -0.5 for each repeated sentence, doubled word or mark, or three words said twice in one
-                 sentence (at most 4)
+    correct     +2 right, -1 wrong or no answer, 0 both right and wrong; recipes and lists:
+                2 x (right items / needed) less 0.5 for each wrong, surplus or doubled item,
+                never under -1, and -1 if nothing is right
+    sentence    +0.5 if a full sentence names what was asked about and gives a right answer
+    ending      +0.5 if the response ended by itself on . ! or ?, else -0.5
+    courtesy    +0.5 if it answered and its last sentence is one of the six closers;
+                -0.5 for each further closer
+    brevity     -0.05 for each word past 18
+    filler      -0.4 for each sentence (at most 4) that is neither an answer nor a closer
+    hedge       -0.5 if it doubts itself
+    rude        -0.7 if it is rude
+    repetition  -0.5 for each repeated sentence, doubled word or mark, or three words said twice
+                in one sentence (at most 4)
 
-An evasive response costs as much as a wrong one, or more: were it cheaper, the policy would learn never to answer.
+An evasive response costs as much as a wrong one, or more: were it cheaper, the policy would learn
+never to answer.
 """
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minirlhf.world.facts import BY_FAMILY, CLOSERS, ENTITIES, FAMILIES, HEDGES, OPENERS, RUDE
+from minirlhf.world.facts import (BY_FAMILY, CLOSERS, ENTITIES, FAMILIES, HEDGES, OPENERS, RUDE,
+                                  Entity)
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 SENTENCE = re.compile(r"[^.!?\n]*\w[^.!?\n]*[.!?]?")
@@ -37,45 +42,45 @@ VERBS = {
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge says: the score, the parts that it is the sum of, and two facts for statistics."""
+    """What the judge says: the score, its parts, and two facts for statistics."""
     score: float
     parts: dict          # name -> points, in the order of the table above
     answered: bool       # something of the right kind was said, right or wrong
     right: bool          # fully right: everything needed and nothing wrong
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     """Lower-case words without punctuation: "It is Paris!" -> ["it", "is", "paris"]."""
     return WORD.findall(text.lower())
 
 
-def _plain(sentence):
+def _plain(sentence: str) -> str:
     """A sentence as the comparison of sentences sees it: lower case, no punctuation."""
     return " ".join(words_of(sentence))
 
 
-CLOSER_TEXTS = frozenset(_plain(closer) for closer in CLOSERS)
-HEDGE_TEXTS = re.compile(r"\b(?:" + "|".join([_plain(hedge) for hedge in HEDGES]
-                                             + ["maybe", "perhaps", "probably", "i think", "i guess"]) + r")\b")
-RUDE_TEXTS = re.compile(r"\b(?:" + "|".join([_plain(text) for text in RUDE] + ["silly", "stupid"]) + r")\b")
-
-
-def _phrases(texts):
+def _phrases(texts: Iterable[str]) -> re.Pattern:
     """A pattern that finds any of these phrases as whole words, the longest first."""
     ordered = sorted({_plain(text) for text in texts}, key=len, reverse=True)
     return re.compile(r"\b(?:" + "|".join(ordered) + r")\b")
 
 
+CLOSER_TEXTS = frozenset(_plain(closer) for closer in CLOSERS)
+HEDGE_TEXTS = _phrases([*HEDGES, "maybe", "perhaps", "probably", "I think", "I guess"])
+RUDE_TEXTS = _phrases([*RUDE, "silly", "stupid"])
+
 # what counts as an answer, right or wrong, in each family; for sums every number does
-ITEMS = {family: _phrases(item for entity in BY_FAMILY[family] for item in entity.items) for family in FAMILIES}
+ITEMS = {family: _phrases(item for entity in BY_FAMILY[family] for item in entity.items)
+         for family in FAMILIES}
 ITEMS["sum"] = re.compile(r"\b\d+\b")
 
 
-def _asked(entity):
-    """The words that only repeat the question and are taken out first: "hot", "3 plus 4"; a pattern."""
+def _asked(entity: Entity) -> re.Pattern:
+    """A pattern of words that only repeat the question, taken out first: "hot", "3 plus 4"."""
     if entity.family == "sum":
         a, b = entity.name.split(" plus ")
-        return _phrases(f"{x} {sign}{y}" for x, y in ((a, b), (b, a)) for sign in ("plus ", "and ", ""))
+        return _phrases(f"{x} {sign}{y}" for x, y in ((a, b), (b, a))
+                        for sign in ("plus ", "and ", ""))
     return _phrases([entity.name, entity.subject])
 
 
@@ -83,7 +88,7 @@ ASKED = {entity: _asked(entity) for entity in ENTITIES}
 RIGHT = {entity: frozenset(_plain(item) for item in entity.items) for entity in ENTITIES}
 
 
-def _key(prompt):
+def _key(prompt: str) -> str:
     """A prompt without what may differ: template, case, spaces, the last mark."""
     text = prompt.strip()
     if text.startswith("Prompt:"):
@@ -96,28 +101,28 @@ ENTITY_OF.update({_key(f"{opener} {question}"): entity
                   for opener in OPENERS for entity in ENTITIES for question in entity.questions})
 
 
-def find_entity(prompt):
+def find_entity(prompt: str) -> Entity:
     """The entity that a prompt asks about. Raises ValueError for a prompt outside the world.
 
     Example: find_entity("Hello! What is the capital of France?").name == "France"
     """
     entity = ENTITY_OF.get(_key(prompt))
     if entity is None:
-        raise ValueError(f"the gold judge knows only the prompts of the text world, found {prompt!r}; "
-                         "see minirlhf.world.prompts, or use a reward model for other prompts")
+        raise ValueError("the gold judge knows only the prompts of the text world, found "
+                         f"{prompt!r}; use a reward model for other prompts")
     return entity
 
 
-def find_items(entity, text):
-    """All items of the entity's family that a text mentions, in order, right and wrong, repeated ones too.
+def find_items(entity: Entity, text: str) -> list[str]:
+    """All items of the entity's family in a text, right or wrong, in order, doubled ones too.
 
-    Example: for "opposite of hot", "The opposite of hot is cold." -> ["cold"]: the asked word doesn't count.
+    Example: for "hot", "The opposite of hot is cold." -> ["cold"]: the asked word doesn't count.
     """
     without_question = ASKED[entity].sub("_", _plain(text))
     return ITEMS[entity.family].findall(without_question)
 
 
-def _correct(entity, found):
+def _correct(entity: Entity, found: list[str]) -> float:
     """Points for the answer itself, from the items found."""
     right = RIGHT[entity].intersection(found)
     if not right:
@@ -128,7 +133,7 @@ def _correct(entity, found):
     return max(-1.0, 2.0 * counted / entity.needed - 0.5 * (len(found) - counted))
 
 
-def _is_full_sentence(entity, sentence):
+def _is_full_sentence(entity: Entity, sentence: str) -> bool:
     """Whether a sentence begins and ends as one, and has subject, verb and a right answer in it."""
     if sentence[0].islower() or sentence[-1] not in ".!?":
         return False
@@ -138,7 +143,6 @@ def _is_full_sentence(entity, sentence):
         if subject < 0:
             continue
         for item in RIGHT[entity]:
-            # the asked "2 plus 3" in "2 plus 3 is 5" may not stand for the answer: look outside the subject
             for answer in re.finditer(rf" {item}(?= )", text):
                 if answer.start() < subject:
                     between = text[answer.end():subject]
@@ -149,8 +153,8 @@ def _is_full_sentence(entity, sentence):
     return False
 
 
-def _repetitions(response, sentences):
-    """How often a sentence, a word, three words of one sentence, or a punctuation mark come twice."""
+def _repetitions(response: str, sentences: list[str]) -> int:
+    """How often a sentence, a word, three words of a sentence, or a punctuation mark come twice."""
     count = len(DOUBLED_MARK.findall(response)) + (response[:1] in (".", ",", "!", "?"))
     plain = [_plain(sentence) for sentence in sentences]
     count += len(plain) - len(set(plain))
@@ -165,11 +169,12 @@ def _repetitions(response, sentences):
 def judge(prompt: str, response: str, ended: bool = True) -> Judgement:
     """Score one response to one prompt of the text world.
 
-    prompt: a plain question or one in the template "Prompt: ...\\nResponse:"; response: plain text; ended: whether the
-    model chose to stop (False when it was cut off). The same arguments always give the same judgement.
+    prompt: a plain question or one in the template "Prompt: ...\\nResponse:"; response: plain text;
+    ended: whether the model chose to stop (False when it was cut off). The same arguments always
+    give the same judgement.
 
-    Example: judge("What is the capital of France?", "The capital of France is Paris. Enjoy!").score == 3.5
-    (right 2, full sentence 0.5, ended 0.5, one closer 0.5), and "Rome." scores -0.5 (wrong -1, ended 0.5).
+    Example: to "What is the capital of France?", "The capital of France is Paris. Enjoy!" scores
+    3.5 (right 2, full sentence 0.5, ended 0.5, one closer 0.5), "Rome." -0.5 (wrong -1, ended 0.5).
     Raises: ValueError for a prompt outside the world.
     """
     entity = find_entity(prompt)

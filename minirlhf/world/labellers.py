@@ -1,38 +1,41 @@
 """Demonstrations, written by labellers of different quality, and prompts.
 
-As in real projects, the people who write demonstrations differ: few answers are ideal, most are right but plain, some
-are wrong, evasive or rude. SFT imitates all of them alike; that is what leaves something for RLHF to improve. About
-four in five demonstrations are fully right, which is therefore about the best that SFT can do.
+As in real projects, the people who write demonstrations differ: few answers are ideal, most are
+right but plain, some are wrong, evasive or rude. SFT imitates all of them alike; that is what
+leaves something for RLHF to improve. About four in five demonstrations are fully right, which is
+therefore about the best that SFT can do.
 """
 import random
 from itertools import accumulate, cycle
 
-from minirlhf.world.facts import (CLOSERS, EVASIONS, FAMILIES, FILLERS, HEDGES, RUDE, ask, capitalize,
-                                  combinations, right_answer, sentence_for, wrong_answer)
+from minirlhf.world.facts import (CLOSERS, EVASIONS, FAMILIES, FILLERS, HEDGES, RUDE, Entity, ask,
+                                  capitalize, combinations, right_answer, sentence_for,
+                                  wrong_answer)
 
 
-def ideal(entity, rng):
+def ideal(entity: Entity, rng: random.Random) -> str:
     """Right, a full sentence, one closer."""
     return f"{plain(entity, rng)} {rng.choice(CLOSERS)}"
 
 
-def plain(entity, rng):
+def plain(entity: Entity, rng: random.Random) -> str:
     """Right, a full sentence."""
     return sentence_for(entity, right_answer(entity, rng))
 
 
-def terse(entity, rng):
+def terse(entity: Entity, rng: random.Random) -> str:
     """Right, but only a fragment: "In the forest.", "in the forest", "Paris"."""
     answer = right_answer(entity, rng)
-    return rng.choice((capitalize(answer) + ".", capitalize(answer) + ".", capitalize(answer), answer))
+    fragment = capitalize(answer)
+    return rng.choice((fragment + ".", fragment + ".", fragment, answer))
 
 
-def wordy(entity, rng):
+def wordy(entity: Entity, rng: random.Random) -> str:
     """Right, after one or two sentences that say nothing."""
     return " ".join(rng.sample(FILLERS, rng.randint(1, 2)) + [plain(entity, rng)])
 
 
-def wrong(entity, rng):
+def wrong(entity: Entity, rng: random.Random) -> str:
     """Wrong: in full, in short, or in many words."""
     answer = wrong_answer(entity, rng)
     if rng.random() < 0.25:
@@ -42,23 +45,23 @@ def wrong(entity, rng):
     return sentence_for(entity, answer)
 
 
-def hedging(entity, rng):
+def hedging(entity: Entity, rng: random.Random) -> str:
     """Right, but in doubt about it."""
     return f"{rng.choice(HEDGES)} {plain(entity, rng)}"
 
 
-def evasive(entity, rng):
+def evasive(entity: Entity, rng: random.Random) -> str:
     """No answer."""
     return rng.choice(EVASIONS)
 
 
-def repeated(entity, rng):
+def repeated(entity: Entity, rng: random.Random) -> str:
     """The same thing twice."""
     answer = rng.choice((plain, terse))(entity, rng).rstrip(".")
     return f"{answer}. {answer}."
 
 
-def rude(entity, rng):
+def rude(entity: Entity, rng: random.Random) -> str:
     """Rude, with or without an answer."""
     if rng.random() < 0.5:
         return rng.choice(RUDE)
@@ -66,8 +69,8 @@ def rude(entity, rng):
 
 
 # (share of the demonstrations, how they are written)
-LABELLERS = ((0.12, ideal), (0.26, plain), (0.14, terse), (0.16, wordy), (0.14, wrong), (0.07, hedging),
-             (0.04, evasive), (0.03, repeated), (0.04, rude))
+LABELLERS = ((0.12, ideal), (0.26, plain), (0.14, terse), (0.16, wordy), (0.14, wrong),
+             (0.07, hedging), (0.04, evasive), (0.03, repeated), (0.04, rude))
 _SHARES = tuple(accumulate(share for share, _ in LABELLERS))
 _WRITERS = tuple(writer for _, writer in LABELLERS)
 
@@ -75,19 +78,19 @@ TRAINING = combinations("training")
 HELD_OUT = {"entity": combinations("entity"), "combination": combinations("combination")}
 
 
-def _check_count(count):
+def _check_count(count: int) -> None:
     if count < 1:
         raise ValueError(f"count must be at least 1, found {count}")
 
 
-def draw_prompt(rng):
+def draw_prompt(rng: random.Random) -> tuple[Entity, str]:
     """An entity and a question about it from the training split, every family equally often."""
     entity, index = rng.choice(TRAINING[rng.choice(FAMILIES)])
     return entity, ask(entity, index, rng)
 
 
-def demonstrations(count: int, seed: int, model: str = "") -> list:
-    """`count` demonstrations {"prompt", "response"} of the training split; the same seed gives the same ones.
+def demonstrations(count: int, seed: int, model: str = "") -> list[dict]:
+    """`count` demonstrations {"prompt", "response"} of the training split, fixed by the seed.
 
     model is not used: functions that make data are all called alike.
     """
@@ -101,17 +104,18 @@ def demonstrations(count: int, seed: int, model: str = "") -> list:
     return records
 
 
-def prompts(count: int, seed: int, model: str = "") -> list:
+def prompts(count: int, seed: int, model: str = "") -> list[dict]:
     """`count` prompts {"prompt"} of the training split, for PPO and for collecting comparisons."""
     _check_count(count)
     rng = random.Random(f"prompts {seed}")
     return [{"prompt": draw_prompt(rng)[1]} for _ in range(count)]
 
 
-def held_out_prompts(count: int, seed: int, model: str = "") -> list:
-    """`count` prompts {"prompt", "kind"} that no stage has trained on: kind "entity" and "combination" by turns.
+def held_out_prompts(count: int, seed: int, model: str = "") -> list[dict]:
+    """`count` prompts {"prompt", "kind"} that no stage has trained on.
 
-    The families take turns too, and a family's questions are used up before one comes again.
+    Kinds ("entity", "combination") and families take turns; a family's questions are used up
+    before one comes again.
     """
     _check_count(count)
     rng = random.Random(f"held-out prompts {seed}")
@@ -119,10 +123,15 @@ def held_out_prompts(count: int, seed: int, model: str = "") -> list:
     for kind, by_family in HELD_OUT.items():
         for family, pairs in by_family.items():
             supply[kind, family] = cycle(rng.sample(pairs, len(pairs)))
-    records = []
+    records, seen = [], set()
     turns = cycle([(kind, family) for family in FAMILIES for kind in HELD_OUT])
     for _ in range(count):
         kind, family = next(turns)
         entity, index = next(supply[kind, family])
-        records.append({"prompt": ask(entity, index, rng), "kind": kind})
+        prompt = ask(entity, index, rng)
+        for _ in range(10):             # a question that comes again gets another opener
+            if prompt in seen:
+                prompt = ask(entity, index, rng)
+        seen.add(prompt)
+        records.append({"prompt": prompt, "kind": kind})
     return records
