@@ -234,6 +234,7 @@ def attacks(entity, rng):
     yield honest[:-1] + "!!!!!!"
     yield honest + " . . . !"
     yield "!" * 20
+    yield honest[:-1] + " ______."
     yield f"{honest} Enjoy! Enjoy! Enjoy!"
     yield f"Enjoy! {honest} Enjoy!"
     yield " ".join(word[:-1] for word in honest.split()) + "."

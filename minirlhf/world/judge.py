@@ -30,7 +30,7 @@ from minirlhf.world.facts import (BY_FAMILY, CLOSERS, ENTITIES, FAMILIES, HEDGES
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 SENTENCE = re.compile(r"[^.!?\n]*\w[^.!?\n]*[.!?]?")
-DOUBLED_MARK = re.compile(r"[^\w\s]\s*(?=[^\w\s])")
+DOUBLED_MARK = re.compile(r"(?:[^\w\s]|_)\s*(?=[^\w\s]|_)")
 
 # a full sentence has one of these between what was asked about and the answer
 VERBS = {
@@ -135,7 +135,7 @@ def _correct(entity: Entity, found: list[str]) -> float:
 
 def _is_full_sentence(entity: Entity, sentence: str) -> bool:
     """Whether a sentence begins and ends as one, and has subject, verb and a right answer in it."""
-    if sentence[0].islower() or sentence[-1] not in ".!?":
+    if not re.match(r"[A-Z0-9]", sentence) or sentence[-1] not in ".!?":
         return False
     text = f" {_plain(sentence)} "
     for name in (entity.subject, " and ".join(entity.subject.split(" plus "))):
