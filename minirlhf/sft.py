@@ -1,7 +1,7 @@
 """Stage 1, supervised fine-tuning: teach a base model to answer, from demonstrations.
 
     python -m minirlhf.sft
-    python -m minirlhf.sft --model gpt2 --data demonstrations.jsonl --lr 2e-5 --out checkpoints/my-sft
+    python -m minirlhf.sft --model gpt2 --data demonstrations.jsonl --lr 2e-5 --out checkpoints/mine
 
 In:  a base model folder (or `gpt2`, ...) and demonstrations: prompts with the response a person
      wrote. Out: a checkpoint folder with the fine-tuned model, `metrics.csv` and `samples.txt`.
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate, random_stream,
-                             run, shuffled_batches)
+from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate,
+                             random_stream, run, shuffled_batches)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records,
                            response_mask)
 from minirlhf.gpt2 import GPT2, check_tokenizer, find_folder, generate, token_logprobs
@@ -41,7 +41,7 @@ from minirlhf.weights import write_atomically
 class SFTConfig:
     """Options of `python -m minirlhf.sft`."""
     model: str = "checkpoints/tiny"     # base model: checkpoint folder, or gpt2, gpt2-medium, ...
-    data: str = "minirlhf.world:demonstrations"    # .jsonl file, or module:function that returns records
+    data: str = "minirlhf.world:demonstrations"    # .jsonl file, or module:function giving records
     examples: int = 4000                # demonstrations to use; 0: all that the file has
     held_out: int = 200                 # of these, kept for the held-out loss
     out: str = "checkpoints/sft"        # folder to write
@@ -96,15 +96,16 @@ class Demonstration:
 
 def collect(cfg: SFTConfig, folder: str, tokenizer: Tokenizer, limit: int) -> list[Demonstration]:
     """Read, tokenize and bound the demonstrations; what does not fit is dropped and counted."""
-    records = read_records(cfg.data, "demonstrations", count=cfg.examples, seed=cfg.seed, model=folder)
+    records = read_records(cfg.data, "demonstrations", count=cfg.examples, seed=cfg.seed,
+                           model=folder)
     rows = []
     for record in records:
         prompt = encode_prompt(tokenizer, record["prompt"])
         rows.append(Demonstration(prompt, encode_response(tokenizer, record["response"])))
     kept, too_long = fit_rows(rows, limit)
     print(f"{len(kept)} demonstrations of at most {limit} tokens ({too_long} longer ones dropped)")
-    check(len(kept) > cfg.held_out, f"{cfg.data}: {len(kept)} demonstrations are left, expected more "
-          f"than the {cfg.held_out} to hold out; lower --held_out")
+    check(len(kept) > cfg.held_out, f"{cfg.data}: {len(kept)} demonstrations are left, expected "
+          f"more than the {cfg.held_out} to hold out; lower --held_out")
     return kept
 
 
@@ -117,7 +118,8 @@ def make_batch(rows: list[Demonstration], end_token: int):
 
 # ---- one step, evaluation ------------------------------------------------------------------------
 
-def batch_loss(policy: GPT2, ids: torch.Tensor, mask: torch.Tensor, token_count: int) -> torch.Tensor:
+def batch_loss(policy: GPT2, ids: torch.Tensor, mask: torch.Tensor,
+               token_count: int) -> torch.Tensor:
     """The step loss's share of these rows."""
     hidden = policy.hidden(ids)                                                     # (B, T, C)
     logprobs, _ = token_logprobs(hidden, ids, mask, policy.wte.weight)              # (B, T-1)
@@ -163,7 +165,8 @@ def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer,
     lines = []
     for row, prompt in enumerate(prompts):
         response = made.ids[row, len(prompt):made.lengths[row]].tolist()
-        lines.append(f"  {tokenizer.decode(prompt)}{tokenizer.decode(response)}".replace("\n", " | "))
+        text = tokenizer.decode(prompt) + tokenizer.decode(response)
+        lines.append("  " + text.replace("\n", " | "))
     return f"step {step}\n" + "\n".join(lines) + "\n"
 
 
@@ -184,10 +187,10 @@ def main(cfg: SFTConfig) -> dict:
     metrics = MetricsFile(cfg.out, ["step", "loss", "held_out_loss", "grad_norm", "lr"])
     lengths = [len(row) for row in train]
     total_steps = cfg.epochs * -(-len(train) // cfg.batch_size)
+    before = evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token)
     print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
-          f"held-out loss before {evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token):.3f}",
-          flush=True)
-    step, samples = 0, ""
+          f"held-out loss before {before:.3f}", flush=True)
+    step, samples = 0, []
     for epoch in range(cfg.epochs):
         for batch in shuffled_batches(lengths, cfg.batch_size, random_stream(cfg.seed, 0, epoch)):
             lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "cosine")
@@ -197,17 +200,19 @@ def main(cfg: SFTConfig) -> dict:
                                          tokenizer.end_token, f"step {step}")
             step += 1
             due = step % cfg.eval_every == 0 or step == total_steps
-            row = {"step": step, "loss": loss, "held_out_loss": "", "grad_norm": grad_norm, "lr": lr}
+            row = {"step": step, "loss": loss, "held_out_loss": "", "grad_norm": grad_norm,
+                   "lr": lr}
             if due:
-                row["held_out_loss"] = evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token)
+                row["held_out_loss"] = evaluate(policy, held_out, cfg.batch_size,
+                                                tokenizer.end_token)
                 print(f"  step {step:4d}/{total_steps}  loss {loss:.3f}  "
                       f"held out {row['held_out_loss']:.3f}", flush=True)
                 if samplable:
-                    samples += write_samples(policy, samplable, tokenizer, cfg, step)
+                    samples.append(write_samples(policy, samplable, tokenizer, cfg, step))
             metrics.write(row)
-    print(samples[samples.rfind("step "):], end="", flush=True)
+    print("".join(samples[-1:]), end="", flush=True)
     tokenizer.save(cfg.out)
-    write_atomically(os.path.join(cfg.out, "samples.txt"), samples.encode("utf-8"))
+    write_atomically(os.path.join(cfg.out, "samples.txt"), "".join(samples).encode("utf-8"))
     policy.save_pretrained(cfg.out)
     return row
 
