@@ -1,0 +1,195 @@
+"""The whole pipeline on the embedded text world: base -> SFT -> reward models -> PPO -> evaluation.
+
+    python -m minirlhf            # about two minutes on two CPU cores, without network
+    python -m minirlhf --quick    # under a minute, clearly worse: to see that everything runs
+
+In:  the shipped base model, checkpoints/tiny. Out, under checkpoints/: the folders `sft`,
+     `reward_model_1`, `reward_model_2`, ..., `ppo`, the comparisons, `report.json` and `curves.png`.
+
+Each stage is the command that you can run by itself with the options printed here; this file only
+runs them one after another, compares the three policies on held-out prompts, and reports.
+Lecture: lectures/00-map.md, "Run it".
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+
+from minirlhf import ppo, reward_model, sft
+from minirlhf.common import check_range, run
+from minirlhf.evaluate import (answers_of, cell, describe, gold_figures, judge_answers,
+                               kl_to_reference, load_policy, read_prompts, side_by_side, table)
+from minirlhf.plots import pipeline_picture
+from minirlhf.rewards import load_reward
+from minirlhf.weights import write_atomically, write_json
+from minirlhf.world import comparisons
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Options of `python -m minirlhf`."""
+    base: str = "checkpoints/tiny"      # base model to start from
+    out: str = "checkpoints"            # folder for the stages' folders and the report
+    seed: int = 0                       # of demonstrations, comparisons, networks and samples
+    quick: bool = False                 # small data and few steps: for a smoke test, clearly worse
+
+    def __post_init__(self):
+        check_range(self, "seed", 0, 10**9)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything; what is not named here is the stage's own default."""
+    demonstrations: int = 4000
+    comparisons: int = 6000
+    reward_models: int = 2
+    iterations: int = 25
+    prompts: int = 480                  # held-out prompts of the evaluation
+    answers: int = 6                    # answers to each, from each policy
+
+
+QUICK = Plan(demonstrations=1000, comparisons=1000, reward_models=1, iterations=6, prompts=96,
+             answers=4)
+
+
+def command(module: str, cfg) -> str:
+    """The command line that runs a stage with this config: only what differs from the defaults."""
+    words = [f"python -m minirlhf.{module}"]
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if value != field.default:
+            words.append(f"--{field.name} {value}")
+    return " ".join(words)
+
+
+class Clock:
+    """Announces stages and remembers how many seconds each took."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def start(self, name: str, text: str) -> None:
+        """Print the heading of a stage and start its time."""
+        self.name, self.started = name, time.perf_counter()
+        print(f"\n=== {text}", flush=True)
+
+    def stop(self) -> None:
+        """Add the time since `start` to the stage."""
+        self.seconds[self.name] = time.perf_counter() - self.started
+        print(f"    ({self.seconds[self.name]:.0f} s)", flush=True)
+
+
+def train(cfg: PipelineConfig, plan: Plan, clock: Clock) -> tuple[list[str], list[dict]]:
+    """Run the three stages; returns the reward models' folders and their last metrics."""
+    sft_cfg = sft.SFTConfig(model=cfg.base, examples=plan.demonstrations, seed=cfg.seed,
+                            out=os.path.join(cfg.out, "sft"))
+    clock.start("sft", f"1. SFT: {command('sft', sft_cfg)}")
+    sft.main(sft_cfg)
+    clock.stop()
+
+    path = os.path.join(cfg.out, "comparisons.jsonl")
+    clock.start("comparisons", f"2a. comparisons: the SFT model answers, the gold judge chooses -> {path}")
+    records = comparisons(plan.comparisons, cfg.seed, sft_cfg.out)
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8"))
+    first = records[0]
+    print(f"{len(records)} comparisons; the first: {first['prompt']!r}\n  chosen   {first['chosen']!r}\n"
+          f"  rejected {first['rejected']!r}")
+    clock.stop()
+
+    folders, figures = [], []
+    for number in range(1, plan.reward_models + 1):
+        rm_cfg = reward_model.RewardModelConfig(
+            model=sft_cfg.out, data=path, comparisons=plan.comparisons, seed=100 * cfg.seed + number,
+            held_out=plan.comparisons // 10, out=os.path.join(cfg.out, f"reward_model_{number}"))
+        clock.start(f"reward_model_{number}", f"2b. reward model: {command('reward_model', rm_cfg)}")
+        figures.append(reward_model.main(rm_cfg))
+        folders.append(rm_cfg.out)
+        clock.stop()
+
+    ppo_cfg = ppo.PPOConfig(model=sft_cfg.out, reward=",".join(folders), iterations=plan.iterations,
+                            seed=cfg.seed, out=os.path.join(cfg.out, "ppo"))
+    clock.start("ppo", f"3. PPO: {command('ppo', ppo_cfg)}")
+    ppo.main(ppo_cfg)
+    clock.stop()
+    return folders, figures
+
+
+def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
+    """Compare base, SFT, SFT again (the control) and RLHF on the same held-out prompts."""
+    folders = {"base": cfg.base, "SFT": os.path.join(cfg.out, "sft"),
+               "SFT again": os.path.join(cfg.out, "sft"), "RLHF": os.path.join(cfg.out, "ppo")}
+    ref_policy, tokenizer = load_policy(folders["SFT"])
+    reward_function = load_reward(",".join(rm_folders), "mean", tokenizer)
+    prompts, _ = read_prompts("minirlhf.world:held_out_prompts", plan.prompts, cfg.seed, tokenizer,
+                              ref_policy.config.n_positions - 32)
+    answers, figures = {}, {}
+    for stream, (name, folder) in enumerate(folders.items()):
+        answers[name] = answers_of(folder, tokenizer, prompts, plan.answers, seed=cfg.seed,
+                                   stream=stream)
+        figures[name] = gold_figures(answers[name])
+        figures[name]["score"] = judge_answers(answers[name], reward_function, tokenizer)
+        figures[name]["kl_ref"] = kl_to_reference(load_policy(folder)[0], ref_policy, answers[name])
+        print(f"  {name}: {answers[name].lengths.size} answers", flush=True)
+    policies = {name: describe(answers[name], figures[name], seed=cfg.seed, against=figures["SFT"])
+                for name in folders}
+    del policies["SFT"]["win_rate"]                      # against itself, answer by answer: no news
+    samples = side_by_side(answers["SFT"], answers["RLHF"], figures["SFT"]["gold"],
+                           figures["RLHF"]["gold"], 8, cfg.seed)
+    return {"policies": policies, "samples": samples}
+
+
+def make_report(cfg: PipelineConfig, plan: Plan, found: dict, rm_figures: list[dict],
+                seconds: dict[str, float]) -> dict:
+    """What checkpoints/report.json holds."""
+    policies = found["policies"]
+    short = {"base": "base", "SFT": "sft", "RLHF": "rlhf"}
+    report = {"win_rate": policies["RLHF"]["win_rate"], "control": policies["SFT again"]["win_rate"]}
+    for name in ("gold", "score", "fully_right", "answered", "kl_ref", "length", "distinct", "end_rate"):
+        report[name] = {short[policy]: policies[policy][name] for policy in short}
+    report["fully_right_by_kind"] = {
+        short[policy]: {kind: part["fully_right"] for kind, part in policies[policy]["by_kind"].items()}
+        for policy in short}
+    report["reward_model_accuracy"] = [row["held_out_accuracy"] for row in rm_figures]
+    report["reward_model_calibration_error"] = [row["calibration_error"] for row in rm_figures]
+    report.update(seconds={**seconds, "total": sum(seconds.values())}, seed=cfg.seed, quick=cfg.quick,
+                  plan=asdict(plan), samples=found["samples"])
+    return report
+
+
+def main(cfg: PipelineConfig) -> dict:
+    """Run everything; returns what report.json holds."""
+    plan, clock = QUICK if cfg.quick else Plan(), Clock()
+    load_policy(cfg.base)                                # fail now, not after the first stage
+    if cfg.quick:
+        print("--quick: small data and few steps. Everything runs, but the results are clearly worse "
+              "than those of python -m minirlhf")
+    rm_folders, rm_figures = train(cfg, plan, clock)
+
+    clock.start("evaluation", f"4. evaluation: {plan.prompts} held-out prompts, {plan.answers} answers "
+                "to each from each policy")
+    found = evaluate(cfg, plan, rm_folders)
+    picture = os.path.join(cfg.out, "curves.png")
+    pipeline_picture(os.path.join(cfg.out, "sft"), rm_folders, os.path.join(cfg.out, "ppo"), picture)
+    clock.stop()
+
+    report = make_report(cfg, plan, found, rm_figures, clock.seconds)
+    write_json(os.path.join(cfg.out, "report.json"), report)
+    print("\n=== samples: held-out prompts, gold score in brackets")
+    for sample in found["samples"]:
+        print(sample["prompt"].replace("\n", " | "))
+        print(f"  SFT  [{sample['score_a']:5.2f}] {sample['a']}")
+        print(f"  RLHF [{sample['score_b']:5.2f}] {sample['b']}")
+    print("\n=== result\n" + table(found["policies"]))
+    accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in report["reward_model_accuracy"])
+    print(f"\nRLHF beats SFT in {cell(report['win_rate'])} of comparisons (gold judge, held-out prompts, "
+          f"ties half, 95 % interval);\nSFT against itself: {cell(report['control'])}. Reward models: "
+          f"held-out accuracy {accuracies}.")
+    print(f"{report['seconds']['total']:.0f} s in all. Wrote {os.path.join(cfg.out, 'report.json')} and "
+          f"{picture}; next, run  python -m minirlhf.evaluate  or open lectures/00-map.md")
+    return report
+
+
+if __name__ == "__main__":
+    run(main, PipelineConfig)
