@@ -1,7 +1,7 @@
 """Stage 2, the reward model: learn from comparisons to say how good a response is, as one number.
 
     python -m minirlhf.reward_model
-    python -m minirlhf.reward_model --data comparisons.jsonl --seed 2 --out checkpoints/reward_model_2
+    python -m minirlhf.reward_model --data comparisons.jsonl --seed 2 --out checkpoints/rm2
 
 In:  an SFT folder and comparisons: a prompt with two responses of which a person chose one.
 Out: a checkpoint folder (GPT-2 with a scalar head), `metrics.csv`.
@@ -14,7 +14,7 @@ matter to it, so at the end scores are shifted and scaled to mean 0 and deviatio
 the SFT model: the coefficient of the KL penalty in stage 3 then has a known scale to work against.
 
 Choices and deviations:
- 1. One epoch: a second one learns the comparisons by heart (InstructGPT, appendix C.2, says so too).
+ 1. One epoch: a second one learns the comparisons by heart (so says InstructGPT, appendix C.2).
  2. Comparisons are split into training and held-out by prompt; several of one prompt stay together.
  3. Shift and scale are folded into the weights of the head and of the last layer norm, so the saved
     file itself gives the normalised scores, in any program that loads it.
@@ -40,7 +40,7 @@ from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, generate
 class RewardModelConfig:
     """Options of `python -m minirlhf.reward_model`."""
     model: str = "checkpoints/sft"      # SFT folder: start of the trunk, writer of the samples
-    data: str = "minirlhf.world:comparisons"    # .jsonl file, or module:function that returns records
+    data: str = "minirlhf.world:comparisons"    # .jsonl file, or module:function giving records
     comparisons: int = 6000             # comparisons to use; 0: all that the file has
     held_out: int = 600                 # about as many of them, whole prompts, are kept for testing
     out: str = "checkpoints/reward_model"    # folder to write
@@ -50,7 +50,7 @@ class RewardModelConfig:
     warmup_steps: int = 10              # steps of linear warm-up, then linear down to 0
     weight_decay: float = 0.01          # AdamW's
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
-    max_new_tokens: int = 32            # longest response among the samples for normalisation, tokens
+    max_new_tokens: int = 32            # longest of the responses for normalisation, tokens
     norm_samples: int = 256             # SFT responses on which scores get mean 0 and deviation 1
     eval_every: int = 50                # steps between held-out accuracies
     seed: int = 0                       # of data, head, order and samples
@@ -205,9 +205,9 @@ def sft_scores(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: 
 def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
     """Change the weights so that every score s becomes (s - mean) / std.
 
-    A score is w . h, with h the output of the last layer norm. Dividing w by std scales it. There is
-    no bias to shift it with (published scalar heads have none), but adding a multiple of w to the
-    layer norm's bias adds the same constant to every w . h: that is the shift.
+    A score is w . h, with h the output of the last layer norm. Dividing w by std scales it. There
+    is no bias to shift it with (published scalar heads have none), but adding a multiple of w to
+    the layer norm's bias adds the same constant to every w . h: that is the shift.
     """
     weight = model.score_head.weight.data[0]                                        # (C,)
     weight /= std
@@ -223,13 +223,17 @@ def main(cfg: RewardModelConfig) -> dict:
     check_tokenizer(policy, tokenizer, cfg.model)
     rows = collect(cfg, tokenizer, policy.config.n_positions)
     train, test = split_by_prompt(rows, cfg.held_out)
+    longest_prompt = policy.config.n_positions - cfg.max_new_tokens
+    prompts = [row.prompt for row in rows if len(row.prompt) <= longest_prompt]
+    check(len(prompts) > 0, f"no prompt leaves room for {cfg.max_new_tokens} new tokens; lower "
+          "--max_new_tokens")
 
     torch.manual_seed(cfg.seed)                          # the random head
     model = ScalarModel(policy.config)
     model.transformer.load_state_dict(policy.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    metrics = MetricsFile(cfg.out, ["step", "loss", "accuracy", "held_out_loss", "held_out_accuracy",
-                                    "calibration_error", "grad_norm", "lr"])
+    metrics = MetricsFile(cfg.out, ["step", "loss", "accuracy", "held_out_loss",
+                                    "held_out_accuracy", "calibration_error", "grad_norm", "lr"])
     lengths = [len(row) for row in train]
     total_steps = cfg.epochs * -(-len(train) // cfg.batch_size)
     print(f"reward model: {len(train)} comparisons x {cfg.epochs} epochs = {total_steps} steps; "
@@ -241,10 +245,12 @@ def main(cfg: RewardModelConfig) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss, train_accuracy, grad_norm = train_step(
-                model, optimizer, [train[i] for i in batch], cfg, tokenizer.end_token, f"step {step}")
+                model, optimizer, [train[i] for i in batch], cfg, tokenizer.end_token,
+                f"step {step}")
             step += 1
             row = {"step": step, "loss": loss, "accuracy": train_accuracy, "held_out_loss": "",
-                   "held_out_accuracy": "", "calibration_error": "", "grad_norm": grad_norm, "lr": lr}
+                   "held_out_accuracy": "", "calibration_error": "", "grad_norm": grad_norm,
+                   "lr": lr}
             if step % cfg.eval_every == 0 or step == total_steps:
                 margins = held_out_margins(model, test, cfg.batch_size, tokenizer.end_token)
                 row["held_out_loss"] = bradley_terry_loss(margins, torch.zeros_like(margins)).item()
@@ -255,17 +261,13 @@ def main(cfg: RewardModelConfig) -> dict:
                       f"calibration error {row['calibration_error']:.3f}", flush=True)
             metrics.write(row)
 
-    longest_prompt = policy.config.n_positions - cfg.max_new_tokens
-    prompts = [row.prompt for row in rows if len(row.prompt) <= longest_prompt]
-    check(len(prompts) > 0, f"no prompt leaves room for {cfg.max_new_tokens} new tokens; lower "
-          "--max_new_tokens")
     picks = torch.randint(len(prompts), (cfg.norm_samples,), generator=random_stream(cfg.seed, 1))
     scores = sft_scores(model, policy, [prompts[i] for i in picks], cfg, tokenizer.end_token)
     check(scores.std().item() > 0, "all SFT responses get the same score: nothing to normalise by; "
           "is the data all alike, or the learning rate 0?")
     fold_normalisation(model, scores.mean().item(), scores.std().item())
-    print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation {scores.std():.2f}, "
-          "now 0 and 1", flush=True)
+    print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation "
+          f"{scores.std():.2f}, now 0 and 1", flush=True)
     tokenizer.save(cfg.out)
     model.save_pretrained(cfg.out)
     return row

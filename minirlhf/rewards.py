@@ -4,8 +4,8 @@ A reward is any function
 
     reward(ids (B, T), prompt_lengths (B,), lengths (B,), tokenizer) -> scores (B,)
 
-where row b holds a prompt of prompt_lengths[b] tokens and a response up to lengths[b], its end token
-included if the policy chose it. A reward model, several that vote, the gold judge of the text
+where row b holds a prompt of prompt_lengths[b] tokens and a response up to lengths[b], its end
+token included if the policy chose it. A reward model, several that vote, the gold judge of the text
 world and a rule that you write yourself are all such functions, named by one option.
 
 Lecture: lectures/03-ppo.md, "The reward is a function".
@@ -49,7 +49,7 @@ def load_reward(spec: str, ensemble: str, tokenizer: Tokenizer):
     for folder in spec.split(","):
         model = ScalarModel.from_pretrained(folder)
         model.requires_grad_(False)
-        check(Tokenizer.load(folder).merges == tokenizer.merges,
-              f"{folder}: the reward model's tokenizer is not the policy's; train it from this SFT model")
+        check(Tokenizer.load(folder).merges == tokenizer.merges, f"{folder}: the reward model's "
+              "tokenizer is not the policy's; train it from this SFT model")
         models.append(model)
     return ModelReward(models, ensemble)

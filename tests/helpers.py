@@ -139,8 +139,8 @@ def sft_folder() -> str:
 
 def reward_config(**options) -> reward_model.RewardModelConfig:
     return reward_model.RewardModelConfig(**{
-        "model": sft_folder(), "data": "helpers:comparisons", "comparisons": 400, "held_out": 100,
-        "batch_size": 16, "lr": 5e-3, "warmup_steps": 5, "max_new_tokens": 8, "norm_samples": 128,
+        "model": sft_folder(), "data": "helpers:comparisons", "comparisons": 600, "held_out": 100,
+        "batch_size": 16, "epochs": 2, "lr": 1e-2, "warmup_steps": 5, "max_new_tokens": 8, "norm_samples": 128,
         **options})
 
 
