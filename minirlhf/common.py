@@ -25,10 +25,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_range(config, name: str, low: float, high: float) -> None:
-    """Check `low <= config.name <= high`; the error names field, value and range."""
+    """Check `low <= config.name <= high`, which nan fails; the error names all four."""
     value = getattr(config, name)
-    ok = not math.isnan(value) and low <= value <= high
-    check(ok, f"--{name} is {value}, expected a value from {low} to {high}")
+    check(low <= value <= high, f"--{name} is {value}, expected a value from {low} to {high}")
 
 
 def check_choice(config, name: str, choices: tuple) -> None:
@@ -38,9 +37,11 @@ def check_choice(config, name: str, choices: tuple) -> None:
 
 
 def field_comments(config_class) -> dict[str, str]:
-    """The trailing comment of each field of a config dataclass: it is the option's help text."""
-    found = re.findall(r"^    (\w+): [^#\n]*#[ ]*(.*)$", inspect.getsource(config_class), re.M)
-    return dict(found)
+    """The trailing comment of each field of a config dataclass: it is the option's help text.
+
+    Example: the line `seed: int = 0    # of the sample` gives {"seed": "of the sample"}.
+    """
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.M))
 
 
 def parse_config(config_class, arguments: list[str] | None = None):
@@ -50,17 +51,38 @@ def parse_config(config_class, arguments: list[str] | None = None):
     fact about an option is written once. `__post_init__` of the config checks the values.
     """
     summary = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n")[0]
-    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False,
+                                     usage="%(prog)s [--option value ...]   (--help lists them)")
     comments = field_comments(config_class)
     for field in dataclasses.fields(config_class):
-        text = comments.get(field.name, "").replace("%", "%%") + f" (default: {field.default!r})"
-        if isinstance(field.default, bool):
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(f"--{field.name}", action=action, default=field.default, help=text)
-        else:
-            kind = type(field.default)
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
+        kind = type(field.default)
+        parsed = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        option = parser.add_argument(f"--{field.name}", default=field.default, **parsed)
+        # set afterwards: some versions of argparse append the default of a flag, others do not
+        text = f"{comments.get(field.name, '')} (default: {field.default!r})"
+        option.help = text.replace("%", "%%")
     return config_class(**vars(parser.parse_args(arguments)))
+
+
+def under_debugger() -> bool:
+    """Whether somebody steps through this process; new debuggers leave no trace function."""
+    monitoring = getattr(sys, "monitoring", None)        # Python 3.12 and later
+    watched = monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
+    return watched or sys.gettrace() is not None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what is missing; PyTorch says so by a RuntimeError."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
+def describe(error: BaseException) -> str:
+    """An expected error as one sentence, without Python's error numbers and brackets."""
+    if out_of_memory(error):
+        return "out of memory; make the batch, the context or the model smaller"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
 
 
 def run(main, config_class) -> None:
@@ -70,15 +92,19 @@ def run(main, config_class) -> None:
     the exception is left alone, so that its locals can be looked at.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")         # a console without UTF-8 must not stop a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")     # a console without UTF-8 must not stop a run
     try:
         main(parse_config(config_class))
-    except (ValueError, OSError, FloatingPointError) as error:
-        if sys.gettrace() is not None:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        unexpected = isinstance(error, RuntimeError) and not out_of_memory(error)
+        if unexpected or under_debugger():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        if under_debugger():
+            raise
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -89,7 +115,10 @@ def random_stream(seed: int, *counters: int) -> torch.Generator:
     """A generator that depends on `seed` and `counters` (epoch, iteration, ...) and nothing else.
 
     Every random choice of a trainer comes from a stream named by its place in the run. So a run
-    can be taken up at any iteration without a saved random state.
+    can be taken up at any iteration without a saved random state. Seeds that differ by a multiple
+    of 2**32 give the same streams: PyTorch's CPU generator uses no more bits.
+
+    Example: torch.rand(1, generator=random_stream(0, 1, 2)) is the same number in every run.
     """
     mixed = seed % (1 << 62)
     for counter in counters:
@@ -102,7 +131,10 @@ def shuffled_batches(lengths: list[int], batch_size: int,
     """Row indices in random batches of rows of similar length, so that little of them is padding.
 
     Rows are shuffled, sorted by length within groups of eight batches, cut into batches, and the
-    batches are shuffled. Every index occurs exactly once; only the last batch may be smaller.
+    batches are shuffled. Every index occurs exactly once; one batch is smaller where the rows do
+    not divide evenly.
+
+    Example: lengths 5 1 5 1 and batch size 2 give the batches 0 2 and 1 3, in some order.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
     group, batches = 8 * batch_size, []
@@ -115,14 +147,15 @@ def shuffled_batches(lengths: list[int], batch_size: int,
 # ---- masked statistics --------------------------------------------------------------------------
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `x` where `mask` is 1: a 0-dimensional tensor.
+    """Mean of `x` where `mask` is 1, over the whole tensor: a 0-dimensional tensor.
+
+    An empty mask gives nan, which `check_finite` stops.
 
     Example: masked_mean([1., 3., 9.], [1, 1, 0]) == 2.
     """
-    mask = mask.to(x.dtype)
-    # careful: a product alone would let inf or nan at masked entries through
+    # careful: a product with the mask would let inf or nan at masked entries through
     kept = torch.where(mask > 0, x, torch.zeros_like(x))
-    return kept.sum() / mask.sum()
+    return kept.sum() / (mask > 0).sum()
 
 
 def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -145,11 +178,16 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int,
                   schedule: str) -> float:
     """Learning rate at `step` (from 0): linear warm-up to `peak`, then `schedule` down to 0.
 
+    `schedule` is constant, linear or cosine. The rate would be 0 at step `total_steps`, the first
+    that is not made.
+
     Example: total 10, warm-up 2, linear: steps 0, 1, 2, 6 give 0.5, 1.0, 1.0, 0.5 times the peak.
     """
+    check(schedule in ("constant", "linear", "cosine"), f"the learning-rate schedule is "
+          f"{schedule!r}, expected constant, linear or cosine")
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)        # 0 .. 1
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))     # 0 .. 1
     if schedule == "constant":
         return peak
     if schedule == "linear":
@@ -158,31 +196,41 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int,
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
-    """Stop with `FloatingPointError` at the first non-finite value, naming tensor, place and row."""
+    """Stop with `FloatingPointError` at the first value that is nan or inf, naming what and where.
+
+    Example: check_finite("scores", tensor([0., nan]), "iteration 3") says "scores is not finite
+    at iteration 3, index [1]: nan; ...".
+    """
     if torch.isfinite(tensor).all():
         return
-    bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-    raise FloatingPointError(f"{name} is not finite at {where}, index {bad}; lower the learning "
+    index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    value = tensor[tuple(index)].item()
+    place = f", index {index}" if index else ""
+    raise FloatingPointError(f"{name} is not finite at {where}{place}: {value}; lower the learning "
                              "rate and start again from the stage's input checkpoint")
 
 
 # ---- metrics ------------------------------------------------------------------------------------
 
 class MetricsFile:
-    """`metrics.csv` of a run: one row a step, written and flushed as it happens."""
+    """`metrics.csv` of a run: one row a step, on disk as soon as it is written.
+
+    Example: file = MetricsFile(folder, ["step", "loss"]); file.write({"step": 1, "loss": 0.5}).
+    """
 
     def __init__(self, folder: str, fields: list[str]):
         os.makedirs(folder, exist_ok=True)
         self.path = os.path.join(folder, "metrics.csv")
         self.fields = fields
         with open(self.path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(fields)
+            csv.writer(file, lineterminator="\n").writerow(fields)
 
     def write(self, row: dict) -> None:
-        """Append one row; the keys must be exactly the fields."""
+        """Append one row; the keys must be exactly the fields, a value "" is an empty cell."""
         assert list(row) == self.fields, (list(row), self.fields)
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([format_number(value) for value in row.values()])
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([format_number(value) for value in row.values()])
 
 
 def format_number(value) -> str:
@@ -191,7 +239,7 @@ def format_number(value) -> str:
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.csv` as numbers; empty fields are left out."""
+    """The rows of a run's `metrics.csv` as numbers; empty cells are left out."""
     with open(os.path.join(folder, "metrics.csv"), newline="", encoding="utf-8") as file:
         return [{key: float(text) for key, text in row.items() if text}
                 for row in csv.DictReader(file)]

@@ -19,21 +19,21 @@ Lecture: lectures/00-map.md, "The four networks".
 
 import math
 import os
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minirlhf.common import check, check_range, random_stream, run
+from minirlhf.common import check, check_finite, check_range, random_stream, run
 from minirlhf.weights import (PUBLISHED_NAMES, download_published, read_json, read_weights,
                               write_json, write_safetensors)
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes of a GPT-2; the defaults are the 124M model's. Names follow the published config.json."""
+    """Sizes of a GPT-2, named as in its config.json; the defaults are the 124M model's."""
     vocab_size: int = 50257     # V
     n_positions: int = 1024     # the longest sequence
     n_embd: int = 768           # C
@@ -41,11 +41,11 @@ class GPT2Config:
     n_head: int = 12            # nh; the head size hs is C / nh
 
     def __post_init__(self):
-        for name, low in (("vocab_size", 2), ("n_positions", 2), ("n_embd", 1), ("n_layer", 1),
-                          ("n_head", 1)):
+        for name, low, high in (("vocab_size", 2, 10**7), ("n_positions", 2, 10**7),
+                                ("n_embd", 1, 10**6), ("n_layer", 1, 1000), ("n_head", 1, 10**6)):
             value = getattr(self, name)
-            check(isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31,
-                  f"GPT-2 config: {name} is {value!r}, expected an integer from {low}")
+            check(type(value) is int and low <= value <= high,
+                  f"GPT-2 config: {name} is {value!r}, expected an integer from {low} to {high}")
         check(self.n_embd % self.n_head == 0,
               f"GPT-2 config: n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 
@@ -62,7 +62,8 @@ class Conv1D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])                                # (rows, in)
-        return torch.addmm(self.bias, flat, self.weight).view(*x.shape[:-1], -1)
+        y = torch.addmm(self.bias, flat, self.weight)                    # (rows, out)
+        return y.view(*x.shape[:-1], y.shape[1])                         # (..., out)
 
 
 class Attention(nn.Module):
@@ -72,7 +73,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head = layer, config.n_head
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd, std=0.02)
-        # the sum of 2 * n_layer branches keeps its size: each one starts smaller (GPT-2, section 2.3)
+        # 2 * n_layer branches are added up: each starts smaller, so that the sum keeps its size
+        # (Radford et al. 2019, section 2.3)
         self.c_proj = Conv1D(config.n_embd, config.n_embd, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
@@ -81,11 +83,11 @@ class Attention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
-        else:
+        visible = None                                   # None: each position sees those up to it
+        if cache is not None:
             k, v = cache.extend(self.layer, k, v)                        # (B, nh, columns, hs)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible)
+            visible = cache.visible                                      # (B, 1, 1, columns)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         y = y.transpose(1, 2).reshape(B, T, C)                           # (B, T, C)
         return self.c_proj(y)
 
@@ -132,13 +134,16 @@ class GPT2(nn.Module):
         nn.init.normal_(self.wpe.weight, std=0.02)
 
     def hidden(self, ids: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
-        """ids (B, T) -> final hidden states (B, T, C). With a cache: `ids` are the new tokens only."""
+        """ids (B, T) -> final hidden states (B, T, C). With a cache, `ids` are the new tokens only.
+
+        Raises: ValueError when T exceeds the context.
+        """
         if cache is None:
             T, limit = ids.shape[1], self.config.n_positions
             check(T <= limit, f"a sequence of {T} tokens exceeds the model's context of {limit}")
             positions = torch.arange(T, device=ids.device)               # (T,)
         else:
-            positions = cache.positions                                  # (B, T)
+            positions = cache.begin(ids.shape[1])                        # (T,) or (B, 1)
         x = self.wte(ids) + self.wpe(positions)                          # (B, T, C)
         for block in self.h:
             x = block(x, cache)
@@ -160,12 +165,20 @@ class GPT2(nn.Module):
         and tensor when something is missing, extra or misshapen.
         """
         folder = find_folder(name_or_folder)
-        model = cls(read_config(folder))
-        load_tensors(model, trunk_tensors(read_weights(folder), folder), folder)
+        config, tensors = read_config(folder), read_weights(folder)
+        check("score.weight" not in tensors, f"{folder} holds a reward model (it has a tensor "
+              "score.weight), expected a language model: a base, SFT or PPO folder")
+        with torch.device("meta"):           # shapes only: random numbers would be overwritten
+            model = cls(config)
+        load_tensors(model, trunk_tensors(tensors, folder), folder)
         return model
 
     def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel expects them."""
+        """Write config.json and model.safetensors as transformers' GPT2LMHeadModel expects them.
+
+        With dtype float16 the file is half as large. config.json says float32 all the same, so
+        that transformers computes in float32, as we do.
+        """
         write_config(folder, self.config, {"architectures": ["GPT2LMHeadModel"]})
         tensors = {"transformer." + name: tensor.to(dtype)
                    for name, tensor in self.state_dict().items()}
@@ -173,7 +186,7 @@ class GPT2(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A GPT-2 with one number per position in place of next-token logits: reward model or critic."""
+    """A GPT-2 with one number per position in place of logits: a reward model or a critic."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -195,36 +208,57 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "ScalarModel":
-        """Load a folder written by `save_pretrained`; a language model is refused by name."""
-        config = read_config(folder)
-        tensors = read_weights(folder)
-        check("score.weight" in tensors, f"{folder} holds no reward model (no tensor "
-              "score.weight); make one with: python -m minirlhf.reward_model")
-        model = cls(config)
-        head = {"weight": tensors.pop("score.weight")}
+        """Load a folder written by `save_pretrained`.
+
+        Raises: FileNotFoundError when files are missing; ValueError for a language model, and
+        naming the tensor when something is missing, extra or misshapen.
+        """
+        config, tensors = read_config(folder), read_weights(folder)
+        check("score.weight" in tensors, f"{folder} holds a language model (it has no tensor "
+              "score.weight), expected a reward model; make one with: "
+              "python -m minirlhf.reward_model")
+        with torch.device("meta"):           # shapes only: random numbers would be overwritten
+            model = cls(config)
+        head = tensors.pop("score.weight")
+        check(head.shape == (1, config.n_embd), f"{folder}: tensor score.weight has shape "
+              f"{tuple(head.shape)}, expected {(1, config.n_embd)}: one score a response")
+        load_tensors(model.score_head, {"weight": head}, folder)
         load_tensors(model.transformer, trunk_tensors(tensors, folder), folder)
-        load_tensors(model.score_head, head, folder)
         return model
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the folder as transformers' GPT2ForSequenceClassification (one label) expects it."""
+        """Write the folder as transformers' GPT2ForSequenceClassification (one label) expects it.
+
+        careful: that class knows no lengths. It reads a row's score at the last id that is not
+        `pad_token_id`; with the end token as padding it would overlook the end token that the
+        policy chose. So config.json names an id that is in no text (PAD_TOKEN); whoever scores a
+        batch with transformers fills the rows up with that one.
+        """
         trunk = self.transformer.state_dict()
         tensors = {"transformer." + name: tensor for name, tensor in trunk.items()}
         tensors["score.weight"] = self.score_head.weight.detach()
-        write_config(folder, self.config, {"architectures": ["GPT2ForSequenceClassification"],
-                                           "id2label": {"0": "SCORE"}, "label2id": {"SCORE": 0}})
+        extra = {"architectures": ["GPT2ForSequenceClassification"], "id2label": {"0": "SCORE"},
+                 "label2id": {"SCORE": 0}}
+        if self.config.vocab_size > 256:     # a vocabulary that has all bytes
+            extra["pad_token_id"] = PAD_TOKEN
+        write_config(folder, self.config, extra)
         write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
 
 
-# ---- from logits to log-probabilities -------------------------------------------------------------
+# ---- from logits to log-probabilities -----------------------------------------------------------
 
 def behaviour_logprobs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """logits (..., V) -> log-probabilities (..., V) of the distribution that actions come from.
 
     careful: sampling, old, new and reference log-probabilities all go through here, temperature
     included. Sampling at 0.7 and scoring at 1.0 is a well-known bug that runs without a word.
+
+    Example: logits 0 and 0.6931 (log 2) give probabilities 1/3 and 2/3, at temperature 0.5 1/5
+    and 4/5.
     """
-    return F.log_softmax(logits.float() / temperature, dim=-1)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()              # a sum over 50,257 tokens needs more than 8 or 11 bits
+    return F.log_softmax(logits / temperature, dim=-1)
 
 
 def token_logprobs(hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
@@ -234,56 +268,73 @@ def token_logprobs(hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
 
     hidden (B, T, C), ids (B, T), mask (B, T-1) bool, unembedding (V, C)
     -> logprobs (B, T-1) and entropy (B, T-1) in nats, both 0 outside the mask.
-    Logits are made for masked positions only: prompts and padding cost nothing.
+    Logits are made for masked positions only: prompts and padding cost nothing. The entropy has a
+    gradient only if `entropy_grad`; as a mere metric it then needs no second graph.
 
     Example: with V = 2, equal logits everywhere and one masked column, that column is -0.6931 in
     `logprobs` and 0.6931 in `entropy`.
+    Raises: ValueError for a mask of another shape or type; a 0/1 integer mask would pick rows.
     Lecture: lectures/00-map.md, "The alignment law".
     """
+    check(mask.dtype == torch.bool and mask.shape == ids[:, 1:].shape, "token_logprobs expects a "
+          f"bool mask of shape {tuple(ids[:, 1:].shape)}, found {mask.dtype} {tuple(mask.shape)}")
     states = hidden[:, :-1][mask]                                        # (N, C)
     actions = ids[:, 1:][mask]                                           # (N,)   the only shift
     everything = behaviour_logprobs(F.linear(states, unembedding), temperature)     # (N, V)
     chosen = everything.gather(1, actions[:, None]).squeeze(1)           # (N,)
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        spread = -(everything.exp() * everything).sum(dim=1)             # (N,)
+    measured = everything if entropy_grad else everything.detach()       # (N, V)
+    spread = -(measured.exp() * measured).sum(dim=1)                     # (N,)
     zeros = torch.zeros(mask.shape, dtype=chosen.dtype, device=ids.device)          # (B, T-1)
     return zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, spread)
 
 
-# ---- sampling -------------------------------------------------------------------------------------
+# ---- sampling -----------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of every layer, so that a new token costs one column, not the whole row.
 
-    Rows may have different lengths: each new token is written at its own row's position, and
-    `visible` hides the columns behind it. What right padding left there is overwritten before it
-    can be seen.
+    The first pass stores the right-padded prompts in columns 0 .. longest-1. Each later pass adds
+    one token to every row, in the next column. So a short prompt has padding between itself and
+    its response: `visible` hides it, and `lengths` knows the tokens' true positions.
+
+    Example: prompts of 2 and 4 tokens and two new tokens each. Row 0 sees columns 0 1 4 5, whose
+    tokens have positions 0 1 2 3; row 1 sees columns 0 to 5.
     """
 
-    def __init__(self, config: GPT2Config, rows: int, columns: int, like: torch.Tensor):
-        hs = config.n_embd // config.n_head
-        shape = (config.n_layer, rows, config.n_head, columns, hs)
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    def __init__(self, config: GPT2Config, prompt_lengths: torch.Tensor, columns: int,
+                 like: torch.Tensor):
+        B, hs = len(prompt_lengths), config.n_embd // config.n_head
+        shape = (config.n_layer, B, config.n_head, columns, hs)
+        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.filled = 0                                  # columns in use
+        self.lengths = prompt_lengths.clone()            # (B,) real tokens in use
+        self.visible = None                              # the first pass is plainly causal
+        column = torch.arange(columns, device=like.device)
+        real = (column < prompt_lengths[:, None]) | (column >= prompt_lengths.max())
+        self.real = real[:, None, None]                  # (B, 1, 1, columns) bool: not padding
 
-    def place(self, positions: torch.Tensor) -> None:
-        """The next forward pass brings tokens at these positions (B, new tokens)."""
-        self.positions = positions
-        self.columns = int(positions.max()) + 1
-        column = torch.arange(self.columns, device=positions.device)     # (columns,)
-        self.visible = column <= positions[:, None, :, None]             # (B, 1, new, columns)
+    def begin(self, T: int) -> torch.Tensor:
+        """Start a pass of T new tokens a row; returns their positions: (T,) first, (B, 1) later."""
+        self.new = slice(self.filled, self.filled + T)
+        self.filled += T
+        if self.new.start == 0:
+            return torch.arange(T, device=self.real.device)              # (T,)
+        self.visible = self.real[..., :self.filled]                      # (B, 1, 1, columns)
+        self.lengths = self.lengths + 1                                  # (B,)
+        return self.lengths[:, None] - 1                                 # (B, 1)
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Store the new k, v (B, nh, new, hs); return all of them so far (B, nh, columns, hs)."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]        # (B, 1)
-        keys, values = self.keys[layer], self.values[layer]
-        keys[rows, :, self.positions] = k.transpose(1, 2)                # (B, new, nh, hs)
-        values[rows, :, self.positions] = v.transpose(1, 2)              # (B, new, nh, hs)
-        return keys[:, :, :self.columns], values[:, :, :self.columns]
+    def extend(self, layer: int, k: torch.Tensor,
+               v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new k, v (B, nh, T, hs); return all of them so far (B, nh, columns, hs)."""
+        self.keys[layer, :, :, self.new] = k
+        self.values[layer, :, :, self.new] = v
+        return self.keys[layer, :, :, :self.filled], self.values[layer, :, :, :self.filled]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop finished rows; `rows` (B,) bool says which stay."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths, self.real = self.lengths[rows], self.real[rows]
 
 
 @dataclass
@@ -293,14 +344,16 @@ class Generation:
     prompt_lengths: torch.Tensor  # (B,)
     lengths: torch.Tensor         # (B,) prompt + response, the end token included where chosen
     ended: torch.Tensor           # (B,) bool: the end token was chosen
-    logprobs: torch.Tensor        # (B, T-1) of each sampled token under the sampling distribution
+    logprobs: torch.Tensor        # (B, T-1) nats, of each response token when it was picked; else 0
 
 
 def filter_logprobs(logprobs: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
     """Keep the `top_k` likeliest tokens (0: all) and the smallest set holding `top_p` of the mass.
 
+    logprobs (B, V) -> logprobs (B, V) that are normalised again, -inf for what was left out.
     For people only: PPO samples from the whole distribution, because that is what it scores.
     Example: probabilities .5 .3 .2 with top_p 0.7 become .625 .375 0.
+    Source: top-p: Holtzman et al. 2019 (arXiv 1904.09751), section 3.1.
     """
     if top_k > 0:
         kth = logprobs.topk(min(top_k, logprobs.shape[-1])).values[:, -1:]          # (B, 1)
@@ -318,10 +371,20 @@ def sample(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     One uniform number decides one token, so a row's sample does not depend on its neighbours.
     Example: probabilities .2 .5 .3 and a uniform of 0.6 give token 1, because .2 <= 0.6 < .7.
     """
-    cumulative = logprobs.double().exp().cumsum(dim=1)                   # (B, V)
+    # careful: a sum of 50,257 float32 numbers is off by more than many a token's probability
+    cumulative = logprobs.exp().cumsum(dim=1, dtype=torch.float64)       # (B, V)
     target = uniforms[:, None] * cumulative[:, -1:]                      # (B, 1)
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return tokens.clamp(max=logprobs.shape[1] - 1)                       # (B,)
+
+
+def next_logprobs(model: GPT2, last: torch.Tensor, temperature: float, top_k: int,
+                  top_p: float) -> torch.Tensor:
+    """Final hidden states (B, C) -> log-probabilities (B, V) of the next token, filtered."""
+    logprobs = behaviour_logprobs(model.logits(last), temperature)       # (B, V)
+    if top_k > 0 or top_p < 1.0:
+        return filter_logprobs(logprobs, top_k, top_p)                   # (B, V)
+    return logprobs
 
 
 def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_token: int,
@@ -329,36 +392,36 @@ def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_
              top_p: float = 1.0, greedy: bool = False) -> Generation:
     """Continue every prompt until its end token or `max_new_tokens`, batched, with a KV cache.
 
-    prompts: B lists of token ids, of unequal lengths. The same generator state repeats the same
-    sample. Rows that ended leave the batch once a quarter of it has ended.
-    Raises: ValueError for an empty prompt, or when prompt plus response exceed the context.
+    prompts: B lists of token ids, of unequal lengths. Every row uses its own `max_new_tokens`
+    uniform numbers, drawn row after row before the first token: the same generator state repeats
+    the same sample, and a row's sample depends neither on its neighbours nor on when they end.
+    Rows that ended leave the batch when they are a quarter of it.
+    Raises: ValueError for an empty prompt, ids outside the vocabulary, or when prompt plus response
+    exceed the context; FloatingPointError when the model gives no numbers.
     """
-    longest = check_prompts(model, prompts, max_new_tokens)
+    longest = check_prompts(model, prompts, max_new_tokens, end_token)
     check(temperature > 0, f"temperature is {temperature}, expected a value above 0")
     B, device = len(prompts), model.wte.weight.device
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)   # (B,)
     ids = torch.full((B, longest + max_new_tokens), end_token, device=device)           # (B, T)
     for row, prompt in enumerate(prompts):
         ids[row, :len(prompt)] = torch.tensor(prompt, device=device)
-    picked = torch.zeros(B, ids.shape[1] - 1, device=device)             # (B, T-1) log-probabilities
+    number = torch.promote_types(model.wte.weight.dtype, torch.float32)
+    picked = torch.zeros(B, ids.shape[1] - 1, dtype=number, device=device)              # (B, T-1)
     uniforms = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     lengths = prompt_lengths.clone()                                     # (B,)
     ended = torch.zeros(B, dtype=torch.bool, device=device)              # (B,)
-    rows = torch.arange(B, device=device)                # which row of the batch a cache row serves
+    rows = torch.arange(B, device=device)                # (R,) the rows that are still computed
     with torch.no_grad():
-        cache = KVCache(model.config, B, ids.shape[1], model.wte.weight)
-        cache.place(torch.arange(longest, device=device).expand(B, -1))
-        hidden = model.hidden(ids[:, :longest], cache)                   # (B, longest, C)
-        hidden = hidden[rows, prompt_lengths - 1]                        # (B, C)
+        cache = KVCache(model.config, prompt_lengths, ids.shape[1], model.wte.weight)
+        last = model.hidden(ids[:, :longest], cache)[rows, prompt_lengths - 1]          # (R, C)
         for step in range(max_new_tokens):
-            logprobs = behaviour_logprobs(model.logits(hidden), temperature)        # (R, V)
-            if top_k > 0 or top_p < 1.0:
-                logprobs = filter_logprobs(logprobs, top_k, top_p)
+            logprobs = next_logprobs(model, last, temperature, top_k, top_p)            # (R, V)
             tokens = logprobs.argmax(dim=1) if greedy else sample(logprobs, uniforms[rows, step])
             going = ~ended[rows]                                         # (R,) bool
             live = rows[going]
             ids[live, lengths[live]] = tokens[going]
-            picked[live, lengths[live] - 1] = logprobs.gather(1, tokens[:, None]).squeeze(1)[going]
+            picked[live, lengths[live] - 1] = logprobs[going, tokens[going]]
             lengths[live] += 1
             ended[live] = tokens[going] == end_token
             going = ~ended[rows]
@@ -366,15 +429,15 @@ def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_
                 break
             if going.sum() <= 0.75 * len(rows):
                 cache.keep(going)
-                rows = rows[going]
-            positions = lengths[rows] - 1                                # (R,) of the newest tokens
-            cache.place(positions[:, None])
-            hidden = model.hidden(ids[rows, positions][:, None], cache)[:, 0]       # (R, C)
+                rows, tokens = rows[going], tokens[going]
+            last = model.hidden(tokens[:, None], cache)[:, 0]            # (R, C)
     T = int(lengths.max())
+    check_finite("the log-probability of a sampled token", picked, "generate")
     return Generation(ids[:, :T], prompt_lengths, lengths, ended, picked[:, :T - 1])
 
 
-def check_prompts(model: GPT2, prompts: list[list[int]], max_new_tokens: int) -> int:
+def check_prompts(model: GPT2, prompts: list[list[int]], max_new_tokens: int,
+                  end_token: int) -> int:
     """Refuse prompts that cannot be continued; return the length of the longest."""
     check(len(prompts) > 0 and min(len(prompt) for prompt in prompts) > 0,
           "generate needs at least one prompt, and at least one token in each")
@@ -383,18 +446,21 @@ def check_prompts(model: GPT2, prompts: list[list[int]], max_new_tokens: int) ->
     check(longest + max_new_tokens <= limit,
           f"a prompt of {longest} tokens plus a response of {max_new_tokens} exceeds the model's "
           f"context of {limit} tokens; shorten one of them")
-    vocabulary = model.config.vocab_size
-    check(max(max(prompt) for prompt in prompts) < vocabulary,
-          f"a prompt holds a token id outside the model's vocabulary of {vocabulary}; "
-          "is this the tokenizer that the model was trained with?")
+    used = {end_token}.union(*prompts)
+    check(0 <= min(used) and max(used) < model.config.vocab_size,
+          f"token id {min(used) if min(used) < 0 else max(used)} is outside the model's vocabulary "
+          f"of {model.config.vocab_size}; is this the tokenizer that the model was trained with?")
     return longest
 
 
-# ---- files ------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 
 FIXED_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                 "reorder_and_upcast_attn": False, "tie_word_embeddings": True, "n_inner": None}
+# The single byte 0xff, in GPT-2's vocabulary and in every other that starts with the 256 bytes. It
+# is part of no UTF-8 text, so a tokenizer never makes it.
+PAD_TOKEN = 187
 
 
 def find_folder(name_or_folder: str) -> str:
@@ -425,13 +491,12 @@ def write_config(folder: str, config: GPT2Config, extra: dict) -> None:
     values = {"vocab_size": config.vocab_size, "n_positions": config.n_positions,
               "n_ctx": config.n_positions, "n_embd": config.n_embd, "n_layer": config.n_layer,
               "n_head": config.n_head, "bos_token_id": end, "eos_token_id": end,
-              "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "summary_first_dropout": 0.0,
-              "torch_dtype": "float32", "transformers_version": "4.44.0"}
+              "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "torch_dtype": "float32"}
     write_json(os.path.join(folder, "config.json"), {**FIXED_CONFIG, **values, **extra})
 
 
 def trunk_tensors(tensors: dict[str, torch.Tensor], folder: str) -> dict[str, torch.Tensor]:
-    """Bring both published key styles to ours: no prefix, no mask buffers, no second unembedding."""
+    """Bring the published key styles to ours: no prefix, no mask buffers, one embedding."""
     found = {}
     for name, tensor in tensors.items():
         short = name.removeprefix("transformer.")
@@ -440,26 +505,33 @@ def trunk_tensors(tensors: dict[str, torch.Tensor], folder: str) -> dict[str, to
         check(short not in found, f"{folder}: tensor {short} is there with and without prefix")
         found[short] = tensor
     head = found.pop("lm_head.weight", None)
-    if head is not None:
-        tied = "wte.weight" in found and torch.equal(head, found["wte.weight"])
+    if head is not None and "wte.weight" in found:
+        tied = torch.equal(head.float(), found["wte.weight"].float())
         check(tied, f"{folder}: lm_head.weight differs from wte.weight, expected tied embeddings")
     return found
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], folder: str) -> None:
-    """Copy `tensors` into `module`, converting to float32; name what does not fit."""
+    """Make float32 copies of `tensors` the parameters of `module`; name what does not fit."""
     expected = module.state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))
-    check(not missing, f"{folder}: tensor {', '.join(missing[:3])} missing ({len(missing)} in all); "
+    check(not missing, f"{folder}: tensor {', '.join(missing[:3])} is missing ({len(missing)} in "
+          "all); is this a GPT-2 checkpoint of the size that config.json states?")
+    check(not extra, f"{folder}: unexpected tensor {', '.join(extra[:3])} ({len(extra)} in all); "
           "is this a GPT-2 checkpoint of the size that config.json states?")
-    check(not extra, f"{folder}: unexpected tensor {', '.join(extra[:3])} ({len(extra)} in all)")
+    copies = {}
     for name, target in expected.items():
         source = tensors[name]
         check(source.shape == target.shape, f"{folder}: tensor {name} has shape "
               f"{tuple(source.shape)}, expected {tuple(target.shape)}")
-        check(source.is_floating_point(), f"{folder}: tensor {name} has type {source.dtype}")
-        target.copy_(source)
+        check(source.is_floating_point(), f"{folder}: tensor {name} has type {source.dtype}, "
+              "expected floating-point numbers")
+        # a copy: the file must not stay mapped, or it could not be replaced on Windows
+        copies[name] = source.to(torch.float32, copy=True)
+        check(bool(torch.isfinite(copies[name]).all()), f"{folder}: tensor {name} holds nan or "
+              "inf; the file is damaged, or the run that wrote it diverged")
+    module.load_state_dict(copies, assign=True)
 
 
 def check_tokenizer(model: nn.Module, tokenizer, folder: str) -> None:
@@ -469,13 +541,13 @@ def check_tokenizer(model: nn.Module, tokenizer, folder: str) -> None:
           "the folder mixes files of two models")
 
 
-# ---- command line -----------------------------------------------------------------------------------
+# ---- command line -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class SampleConfig:
     """Options of `python -m minirlhf.gpt2`."""
-    model: str = "checkpoints/tiny"     # checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
-    prompt: str = "Prompt: What is the capital of France?\nResponse:"     # the text to continue
+    model: str = "checkpoints/tiny"     # checkpoint folder, or gpt2, gpt2-medium, ... to download
+    prompt: str = "Prompt: What is the capital of France?\nResponse:"    # text; \n: new line
     max_new_tokens: int = 40            # longest continuation, tokens
     temperature: float = 1.0            # below 1 sharpens the distribution, above 1 flattens it
     top_k: int = 0                      # sample among the k likeliest tokens; 0: all
@@ -497,51 +569,59 @@ KNOWN_PROMPT = [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716]
 KNOWN_CONTINUATION = [262, 749, 3665, 8217, 319, 262, 5440, 13]
 
 
-def stream(model: GPT2, prompt: list[int], cfg: SampleConfig, end_token: int):
-    """Yield the tokens of one continuation as they are sampled."""
-    check_prompts(model, [prompt], cfg.max_new_tokens)
+def stream(model: GPT2, prompt: list[int], cfg: SampleConfig, end_token: int) -> Iterator[int]:
+    """Yield the tokens that `generate` would make, one by one, as they are sampled."""
+    check_prompts(model, [prompt], cfg.max_new_tokens, end_token)
     generator = random_stream(cfg.seed)
-    cache = KVCache(model.config, 1, len(prompt) + cfg.max_new_tokens, model.wte.weight)
-    new, position = torch.tensor([prompt]), torch.arange(len(prompt))[None]         # (1, new)
+    cache = KVCache(model.config, torch.tensor([len(prompt)]), len(prompt) + cfg.max_new_tokens,
+                    model.wte.weight)
+    new = torch.tensor([prompt])                                         # (1, T)
     for _ in range(cfg.max_new_tokens):
         with torch.no_grad():
-            cache.place(position)
-            logits = model.logits(model.hidden(new, cache)[:, -1])       # (1, V)
-            logprobs = behaviour_logprobs(logits, cfg.temperature)       # (1, V)
-            logprobs = filter_logprobs(logprobs, cfg.top_k, cfg.top_p)
-            uniform = torch.rand(1, generator=generator, dtype=torch.float64)
-            token = logprobs.argmax(dim=1) if cfg.greedy else sample(logprobs, uniform)    # (1,)
+            last = model.hidden(new, cache)[:, -1]                       # (1, C)
+            logprobs = next_logprobs(model, last, cfg.temperature, cfg.top_k, cfg.top_p)   # (1, V)
+        uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+        token = logprobs.argmax(dim=1) if cfg.greedy else sample(logprobs, uniform)        # (1,)
         if token.item() == end_token:
             return
         yield token.item()
-        new, position = token[None], position[:, -1:] + 1                # (1, 1)
+        new = token[:, None]                                             # (1, 1)
+
+
+def selfcheck(model: GPT2, name: str) -> None:
+    """Compare the greedy continuation of KNOWN_PROMPT with that of the published 124M weights."""
+    check(model.config == GPT2Config(), f"selfcheck: {name} is no GPT-2 of 124M parameters; "
+          "the known continuation is that of: python -m minirlhf.gpt2 --model gpt2 --selfcheck")
+    made = generate(model, [KNOWN_PROMPT], len(KNOWN_CONTINUATION), greedy=True, end_token=50256)
+    tokens = made.ids[0, len(KNOWN_PROMPT):].tolist()
+    check(tokens == KNOWN_CONTINUATION, f"selfcheck: {name} continues greedily with {tokens}, the "
+          f"published 124M weights with {KNOWN_CONTINUATION}; these are other weights")
+    print("selfcheck passed: the greedy continuation is that of the published 124M weights")
 
 
 def main(cfg: SampleConfig) -> str:
     """Write a continuation to the terminal as it is sampled; return it."""
     from minirlhf.data import Tokenizer                  # here: the network itself needs no text
 
-    model = GPT2.from_pretrained(cfg.model)
+    folder = find_folder(cfg.model)
+    model = GPT2.from_pretrained(folder)
     if cfg.selfcheck:
-        found = generate(model, [KNOWN_PROMPT], len(KNOWN_CONTINUATION), greedy=True, end_token=50256)
-        tokens = found.ids[0, len(KNOWN_PROMPT):].tolist()
-        check(tokens == KNOWN_CONTINUATION, f"selfcheck failed: the greedy continuation is {tokens}, "
-              f"the published 124M weights give {KNOWN_CONTINUATION}")
-        print("selfcheck passed: the greedy continuation is that of the published 124M weights")
+        selfcheck(model, cfg.model)
         return ""
-    tokenizer = Tokenizer.load(find_folder(cfg.model))
-    prompt = [tokenizer.end_token] + tokenizer.encode(cfg.prompt.replace("\\n", "\n"))
-    tokens, shown = [], ""
-    print(cfg.prompt.replace("\\n", "\n"), end="", flush=True)
-    for token in stream(model, prompt, cfg, tokenizer.end_token):
+    tokenizer = Tokenizer.load(folder)
+    check_tokenizer(model, tokenizer, folder)
+    prompt = cfg.prompt.replace("\\n", "\n")            # shells pass the two characters on
+    print(prompt, end="", flush=True)
+    tokens, shown, text = [], "", ""
+    ids = [tokenizer.end_token] + tokenizer.encode(prompt)
+    for token in stream(model, ids, cfg, tokenizer.end_token):
         tokens.append(token)
         text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):                  # hold back half of a multi-byte character
-            sys.stdout.write(text[len(shown):])
-            sys.stdout.flush()
+            print(text[len(shown):], end="", flush=True)
             shown = text
-    print()
-    return tokenizer.decode(tokens)
+    print(text[len(shown):])
+    return text
 
 
 if __name__ == "__main__":
