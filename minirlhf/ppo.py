@@ -3,16 +3,16 @@
     python -m minirlhf.ppo
     python -m minirlhf.ppo --reward my_module:my_reward --prompts prompts.jsonl --kl_coef 0.05
 
-In:  an SFT folder (start of the policy, and the frozen reference), a reward: reward-model folders or
-     a Python function, and prompts. Out: a checkpoint folder with the policy, its critic,
+In:  an SFT folder (start of the policy, and the frozen reference), a reward: reward-model folders
+     or a Python function, and prompts. Out: a checkpoint folder with the policy, its critic,
      `metrics.csv` and `samples.txt` with token tables.
 
 The algorithm, once per iteration:
-    sample a response to each of `batch_size` prompts from the policy                       (rollout)
+    sample a response to each of `batch_size` prompts from the policy                      (rollout)
     log-probabilities of its tokens under policy and reference; values by the critic; one score
     reward of every token: -kl_coef * kl_ref; the last action gets the score on top
     GAE turns rewards and values into advantages and returns; then advantages are whitened
-    for `epochs` passes over shuffled minibatches:                                           (update)
+    for `epochs` passes over shuffled minibatches:                                          (update)
         new log-probabilities and values of the same tokens
         clipped policy loss + vf_coef * clipped value loss - ent_coef * entropy; one Adam step
 
@@ -45,7 +45,7 @@ from minirlhf.common import (MetricsFile, check, check_choice, check_finite, che
 from minirlhf.data import (Tokenizer, encode_prompt, fit_rows, load_function, read_records,
                            response_mask)
 from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, generate, token_logprobs
-from minirlhf.rewards import is_function, load_reward
+from minirlhf.rewards import ModelReward, is_function, load_reward
 from minirlhf.weights import write_atomically
 
 
@@ -53,26 +53,26 @@ from minirlhf.weights import write_atomically
 class PPOConfig:
     """Options of `python -m minirlhf.ppo`."""
     model: str = "checkpoints/sft"      # SFT folder: start of the policy, and the frozen reference
-    reward: str = "checkpoints/reward_model"    # folder, folders joined by commas, or module:function
-    ensemble: str = "mean"              # how several reward models agree: mean, or min (pessimistic)
-    prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function that returns records
+    reward: str = "checkpoints/reward_model"    # folder, folders with commas, or module:function
+    ensemble: str = "mean"              # how several reward models vote: mean, or min (pessimistic)
+    prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function giving records
     prompt_count: int = 4000            # prompts to draw from; 0: all that the file has
-    gold: str = "minirlhf.world:gold_reward"    # module:function logged beside the score, never used
+    gold: str = "minirlhf.world:gold_reward"    # module:function logged beside the score, not used
     out: str = "checkpoints/ppo"        # folder to write
-    critic: str = "separate"            # separate (from the reward model) or shared (head on policy)
+    critic: str = "separate"            # separate (from the reward model), shared (head on policy)
     iterations: int = 25                # rollouts, each with its update
     batch_size: int = 64                # prompts in a rollout (512 in InstructGPT)
     max_new_tokens: int = 32            # longest response, tokens
-    temperature: float = 1.0            # of sampling and of every log-probability (1 in InstructGPT)
-    epochs: int = 2                     # passes over a rollout (4 in Ziegler et al., 1 in InstructGPT)
+    temperature: float = 1.0            # of sampling and every log-probability (1 in InstructGPT)
+    epochs: int = 2                     # passes over a rollout (Ziegler et al. 4, InstructGPT 1)
     minibatch_size: int = 32            # sequences in one optimiser step
-    lr: float = 5e-4                    # peak rate of the policy; for GPT-2 124M rather 3e-6 to 1e-5
-    critic_lr: float = 1e-3             # peak rate of a separate critic
+    lr: float = 5e-4                    # peak rate of the policy; for GPT-2 124M 3e-6 to 1e-5
+    critic_lr: float = 1e-3             # peak rate of a separate critic, or of the value head
     warmup_iterations: int = 3          # linear warm-up, then linear down to 0
     gamma: float = 1.0                  # discount; 1: a token now is worth a token later
     lam: float = 0.95                   # GAE's lambda (Ziegler et al.)
-    kl_coef: float = 0.1                # weight of kl_ref in the reward; beta in papers (0.02 InstructGPT)
-    kl_target: float = 0.0              # > 0: adapt kl_coef to this kl_ref a response, nats (6 in Ziegler)
+    kl_coef: float = 0.1                # weight of kl_ref, beta in papers (0.02 in InstructGPT)
+    kl_target: float = 0.0              # > 0: adapt kl_coef to this kl_ref, nats a response (Ziegler 6)
     kl_horizon: float = 10_000          # responses over which the adaptation works (Ziegler et al.)
     cliprange: float = 0.2              # ratio clip (Schulman et al. 2017)
     cliprange_value: float = 0.2        # how far a value may move from the old one in an update
@@ -80,7 +80,7 @@ class PPOConfig:
     ent_coef: float = 0.0               # weight of the entropy bonus
     missing_end_penalty: float = 1.0    # taken off the score of a response that does not end
     max_grad_norm: float = 1.0          # gradients of all that is trained are clipped to this norm
-    kl_old_stop: float = 0.0            # > 0: end an update early when kl_old exceeds this, nats a token
+    kl_old_stop: float = 0.0            # > 0: end an update when kl_old exceeds it, nats a token
     sample_every: int = 10              # iterations between printed token tables
     seed: int = 0                       # of prompts, samples and minibatches
 
@@ -90,10 +90,12 @@ class PPOConfig:
         for name in ("iterations", "batch_size", "max_new_tokens", "epochs", "minibatch_size",
                      "sample_every"):
             check_range(self, name, 1, 10**9)
-        for name in ("prompt_count", "warmup_iterations", "kl_horizon"):
+        for name in ("prompt_count", "warmup_iterations"):
             check_range(self, name, 0, 10**9)
-        for name in ("lr", "critic_lr", "kl_coef", "kl_target", "vf_coef", "ent_coef", "kl_old_stop",
-                     "missing_end_penalty", "cliprange", "cliprange_value"):
+        # with a horizon shorter than a rollout kl_coef could turn negative
+        check_range(self, "kl_horizon", self.batch_size if self.kl_target > 0 else 1, 10**9)
+        for name in ("lr", "critic_lr", "kl_coef", "kl_target", "vf_coef", "ent_coef",
+                     "kl_old_stop", "missing_end_penalty", "cliprange", "cliprange_value"):
             check_range(self, name, 0, 1e6)
         for name in ("gamma", "lam"):
             check_range(self, name, 0, 1)
@@ -198,15 +200,14 @@ def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, responses: int,
 # ---- the networks --------------------------------------------------------------------------------
 
 class PolicyWithValue(nn.Module):
-    """Everything that PPO trains: the policy, and a critic of its own or a value head on its trunk."""
+    """All that PPO trains: the policy, and a critic of its own or a value head on its trunk."""
 
     def __init__(self, policy: GPT2, critic: ScalarModel | None):
         super().__init__()
         self.policy, self.critic = policy, critic
         if critic is None:
-            self.value_head = nn.Linear(policy.config.n_embd, 1)
+            self.value_head = nn.Linear(policy.config.n_embd, 1, bias=False)    # as ScalarModel's
             nn.init.zeros_(self.value_head.weight)       # first advantages are the rewards' alone
-            nn.init.zeros_(self.value_head.bias)
         else:
             nn.init.zeros_(critic.score_head.weight)
 
@@ -272,18 +273,23 @@ def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokeni
             prompts: list[list[int]], cfg: PPOConfig, kl_coef: float, iteration: int) -> Rollout:
     """Sample responses, score them, and turn scores into advantages and returns."""
     with torch.no_grad():
-        made = generate(networks.policy, prompts, cfg.max_new_tokens, end_token=tokenizer.end_token,
-                        generator=random_stream(cfg.seed, 1, iteration), temperature=cfg.temperature)
+        made = generate(networks.policy, prompts, cfg.max_new_tokens,
+                        end_token=tokenizer.end_token, temperature=cfg.temperature,
+                        generator=random_stream(cfg.seed, 1, iteration))
         ids, lengths = made.ids, made.lengths                                       # (B, T), (B,)
         mask = response_mask(made.prompt_lengths, lengths, ids.shape[1])            # (B, T-1)
         old_logprobs, old_values, entropy = networks(ids, mask, cfg.temperature)    # (B, T-1) each
         ref_logprobs, _ = token_logprobs(ref_policy.hidden(ids), ids, mask, ref_policy.wte.weight,
                                          cfg.temperature)                           # (B, T-1)
-        scores = reward_function(ids, made.prompt_lengths, lengths, tokenizer).float()         # (B,)
+        scores = reward_function(ids, made.prompt_lengths, lengths, tokenizer)      # (B,)
+    found = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+    # careful: scores of shape (B, 1) would broadcast to (B, B) below
+    check(found == (len(ids),), f"--reward {cfg.reward} returned {found}, expected a tensor of "
+          f"shape {(len(ids),)}: one score a response")
     for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
                          ("old_values", old_values), ("scores", scores)):
         check_finite(name, tensor, f"iteration {iteration}")
-    scores = scores - cfg.missing_end_penalty * ~made.ended                         # (B,)
+    scores = scores.float() - cfg.missing_end_penalty * ~made.ended                         # (B,)
     kl_ref = old_logprobs - ref_logprobs                                            # (B, T-1)
     rewards = shaped_rewards(scores, kl_ref, mask, kl_coef)                         # (B, T-1)
     advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)        # (B, T-1) each
@@ -299,16 +305,16 @@ def check_invariants(batch: Rollout, sampled_logprobs: torch.Tensor, kl_coef: fl
     """What must hold in every rollout; the tolerance is for float32 sums in another order."""
     mask = batch.response_mask
     apart = ((sampled_logprobs - batch.old_logprobs) * mask).abs().max().item()
-    check(apart < 1e-2, f"iteration {iteration}: tokens were sampled from another distribution than "
-          f"they are scored under (log-probabilities differ by {apart:.3g})")
+    check(apart < 1e-2, f"iteration {iteration}: tokens were sampled from another distribution "
+          f"than they are scored under (log-probabilities differ by {apart:.3g})")
     if iteration == 0:
         largest = batch.kl_ref.abs().max().item()
         check(largest < 1e-3, f"kl_ref is {largest:.3g} in iteration 0, expected 0: policy and "
               "reference must start from the same weights")
     expected = batch.scores - kl_coef * (batch.kl_ref * mask).sum(dim=1)            # (B,)
     apart = (batch.rewards.sum(dim=1) - expected).abs().max().item()
-    check(apart < 1e-3 * (1 + expected.abs().max().item()), f"iteration {iteration}: the rewards of "
-          f"a response do not add up to score - kl_coef * kl_ref (off by {apart:.3g})")
+    check(apart < 1e-3 * (1 + expected.abs().max().item()), f"iteration {iteration}: the rewards "
+          f"of a response do not add up to score - kl_coef * kl_ref (off by {apart:.3g})")
 
 
 # ---- update --------------------------------------------------------------------------------------
@@ -334,10 +340,11 @@ def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: R
             moved = ratio.detach()[mask]                                            # (N,)
             if steps == 0:
                 apart = (moved - 1).abs().max().item()
-                check(apart < 1e-2, f"iteration {iteration}: the first ratio is off 1 by {apart:.3g}: "
-                      "policy and rollout disagree before any step was taken")
+                check(apart < 1e-2, f"iteration {iteration}: the first ratio is off 1 by "
+                      f"{apart:.3g}: policy and rollout disagree before any step was taken")
             kl_old = (moved - 1 - moved.log()).mean().item()     # k3, never negative
-            if cfg.kl_old_stop > 0 and kl_old > cfg.kl_old_stop:
+            # before the first step kl_old is 0 up to rounding, so an update is never empty
+            if steps > 0 and 0 < cfg.kl_old_stop < kl_old:
                 stopped = True
                 break
             optimizer.zero_grad()
@@ -399,12 +406,14 @@ def token_table(batch: Rollout, row: int, tokenizer: Tokenizer) -> str:
     """One response, token by token, with everything PPO knows about it; totals below."""
     prompt = batch.ids[row, :batch.prompt_lengths[row]].tolist()
     columns = batch.response_mask[row].nonzero().squeeze(1).tolist()
-    names = ("old_logprobs", "ref_logprobs", "kl_ref", "rewards", "old_values", "advantages", "returns")
+    names = ("old_logprobs", "ref_logprobs", "kl_ref", "rewards", "old_values", "advantages",
+             "returns")
     lines = [f"prompt: {tokenizer.decode(prompt)!r}   score {batch.scores[row]:.3f}",
              f"{'token':16}" + "".join(f"{name:>14}" for name in names)]
     for t in columns:
         text = repr(tokenizer.decode([int(batch.ids[row, t + 1])], skip_end=False))[1:-1]
-        lines.append(f"{text:16}" + "".join(f"{getattr(batch, name)[row, t]:14.3f}" for name in names))
+        numbers = [f"{getattr(batch, name)[row, t]:14.3f}" for name in names]
+        lines.append(f"{text:16}" + "".join(numbers))
     totals = [f"{getattr(batch, name)[row].sum():14.3f}" for name in names[:4]]
     lines.append(f"{'sum':16}" + "".join(totals) + "   rewards = score - kl_coef * kl_ref")
     return "\n".join(lines)
@@ -418,8 +427,8 @@ def collect_prompts(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> list[
                            model=cfg.model)
     rows = [encode_prompt(tokenizer, record["prompt"]) for record in records]
     kept, too_long = fit_rows(rows, context - cfg.max_new_tokens)
-    print(f"{len(kept)} prompts ({too_long} that leave no room for {cfg.max_new_tokens} new tokens in "
-          f"the context of {context} dropped)")
+    print(f"{len(kept)} prompts ({too_long} that leave no room for {cfg.max_new_tokens} new tokens "
+          f"in the context of {context} dropped)")
     check(len(kept) >= cfg.batch_size, f"{cfg.prompts}: {len(kept)} prompts, expected at least the "
           f"--batch_size of {cfg.batch_size}")
     return kept
@@ -428,7 +437,8 @@ def collect_prompts(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> list[
 def draw_prompts(prompts: list[list[int]], cfg: PPOConfig, iteration: int) -> list[list[int]]:
     """The iteration's prompts: all are used once before any comes again."""
     per_pass = len(prompts) // cfg.batch_size
-    order = torch.randperm(len(prompts), generator=random_stream(cfg.seed, 0, iteration // per_pass))
+    generator = random_stream(cfg.seed, 0, iteration // per_pass)
+    order = torch.randperm(len(prompts), generator=generator)
     first = iteration % per_pass * cfg.batch_size
     return [prompts[i] for i in order[first:first + cfg.batch_size]]
 
@@ -441,7 +451,7 @@ def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPO
     if critic is None:                                   # written as the scalar model that it is
         critic = ScalarModel(networks.policy.config)
         critic.transformer.load_state_dict(networks.policy.state_dict())
-        critic.score_head.load_state_dict({"weight": networks.value_head.weight})
+        critic.score_head.load_state_dict(networks.value_head.state_dict())
     critic.save_pretrained(os.path.join(cfg.out, "critic"))
     tokenizer.save(os.path.join(cfg.out, "critic"))
     networks.policy.save_pretrained(cfg.out)
@@ -474,7 +484,8 @@ def main(cfg: PPOConfig) -> dict:
                         draw_prompts(prompts, cfg, iteration), cfg, kl_coef, iteration)
         gold = None
         if gold_function is not None:
-            gold = gold_function(batch.ids, batch.prompt_lengths, batch.lengths, tokenizer)    # (B,)
+            gold = gold_function(batch.ids, batch.prompt_lengths, batch.lengths,
+                                 tokenizer)              # (B,)
         found = {**measure(batch, gold), **update(networks, optimizer, batch, cfg, iteration)}
         found.update(iteration=iteration, lr=optimizer.param_groups[0]["lr"], kl_coef=kl_coef,
                      seconds=time.perf_counter() - started)
@@ -482,9 +493,9 @@ def main(cfg: PPOConfig) -> dict:
         metrics.write(row)
         gold_text = f"gold {row['gold']:6.2f}  " if gold is not None else ""
         print(f"  iteration {iteration:3d}  score {row['score']:6.2f}  {gold_text}kl_ref "
-              f"{row['kl_ref']:5.2f}  entropy {row['entropy']:.2f}  clipfrac {row['clipfrac']:.2f}  "
-              f"explained_var {row['explained_var']:5.2f}  length {row['response_len']:4.1f}  "
-              f"{row['seconds']:.1f} s", flush=True)
+              f"{row['kl_ref']:5.2f}  entropy {row['entropy']:.2f}  clipfrac "
+              f"{row['clipfrac']:.2f}  explained_var {row['explained_var']:5.2f}  length "
+              f"{row['response_len']:4.1f}  {row['seconds']:.1f} s", flush=True)
         if iteration % cfg.sample_every == 0 or iteration + 1 == cfg.iterations:
             table = token_table(batch, 0, tokenizer)
             samples += f"iteration {iteration}\n{table}\n\n"
@@ -493,6 +504,9 @@ def main(cfg: PPOConfig) -> dict:
             kl_coef = adapt_kl_coef(kl_coef, row["kl_ref"], cfg.kl_target, cfg.batch_size,
                                     cfg.kl_horizon)
     frozen = list(ref_policy.parameters())
+    if isinstance(reward_function, ModelReward):
+        for model in reward_function.models:
+            frozen += model.parameters()
     assert all(p.grad is None for p in frozen), "a frozen network received a gradient"
     save(networks, tokenizer, samples, cfg)
     return row

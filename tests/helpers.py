@@ -6,7 +6,6 @@ trainers' command lines as "helpers:demonstrations" and so on, as a user would n
 
 import atexit
 import contextlib
-import dataclasses
 import functools
 import io
 import os
@@ -16,8 +15,8 @@ import tempfile
 
 import torch
 
-from minirlhf import reward_model, sft
-from minirlhf.common import MetricsFile, read_metrics
+from minirlhf import ppo, reward_model, sft
+from minirlhf.common import read_metrics
 from minirlhf.data import Tokenizer, train_bpe
 from minirlhf.gpt2 import GPT2, GPT2Config, ScalarModel
 
@@ -156,6 +155,14 @@ def random_reward_folder(folder: str, seed: int) -> str:
     """A reward model with random weights."""
     torch.manual_seed(seed)
     return save_folder(ScalarModel(toy_model(seed).config), folder)
+
+
+def ppo_config(**options) -> ppo.PPOConfig:
+    return ppo.PPOConfig(**{
+        "model": sft_folder(), "reward": "helpers:share_of_red", "prompts": "helpers:toy_prompts",
+        "prompt_count": 100, "gold": "", "iterations": 2, "batch_size": 8, "minibatch_size": 4,
+        "max_new_tokens": 5, "lr": 5e-3, "critic_lr": 5e-3, "kl_coef": 0.02, "sample_every": 100,
+        **options})
 
 
 # ---- looking at results ------------------------------------------------------------------------------
