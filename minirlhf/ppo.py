@@ -289,7 +289,7 @@ def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokeni
     for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
                          ("old_values", old_values), ("scores", scores)):
         check_finite(name, tensor, f"iteration {iteration}")
-    scores = scores.float() - cfg.missing_end_penalty * ~made.ended                         # (B,)
+    scores = scores.float() - cfg.missing_end_penalty * ~made.ended                 # (B,)
     kl_ref = old_logprobs - ref_logprobs                                            # (B, T-1)
     rewards = shaped_rewards(scores, kl_ref, mask, kl_coef)                         # (B, T-1)
     advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)        # (B, T-1) each
