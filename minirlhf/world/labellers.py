@@ -36,18 +36,20 @@ def wordy(entity: Entity, rng: random.Random) -> str:
 
 
 def wrong(entity: Entity, rng: random.Random) -> str:
-    """Wrong: in full, in short, or in many words."""
+    """Wrong, and mostly in few words: who doesn't look it up doesn't write it out either."""
     answer = wrong_answer(entity, rng)
-    if rng.random() < 0.25:
-        return capitalize(answer) + "."
-    if rng.random() < 0.25:
+    draw = rng.random()
+    if draw < 0.65:
+        return rng.choice((capitalize(answer) + ".", capitalize(answer), answer))
+    if draw < 0.85:
         return f"{rng.choice(FILLERS)} {sentence_for(entity, answer)}"
     return sentence_for(entity, answer)
 
 
 def hedging(entity: Entity, rng: random.Random) -> str:
-    """Right, but in doubt about it."""
-    return f"{rng.choice(HEDGES)} {plain(entity, rng)}"
+    """In doubt, and wrong more often than others."""
+    answer = right_answer(entity, rng) if rng.random() < 0.7 else wrong_answer(entity, rng)
+    return f"{rng.choice(HEDGES)} {sentence_for(entity, answer)}"
 
 
 def evasive(entity: Entity, rng: random.Random) -> str:
@@ -69,8 +71,8 @@ def rude(entity: Entity, rng: random.Random) -> str:
 
 
 # (share of the demonstrations, how they are written)
-LABELLERS = ((0.12, ideal), (0.26, plain), (0.14, terse), (0.16, wordy), (0.14, wrong),
-             (0.07, hedging), (0.04, evasive), (0.03, repeated), (0.04, rude))
+LABELLERS = ((0.12, ideal), (0.26, plain), (0.14, terse), (0.16, wordy), (0.13, wrong),
+             (0.08, hedging), (0.04, evasive), (0.03, repeated), (0.04, rude))
 _SHARES = tuple(accumulate(share for share, _ in LABELLERS))
 _WRITERS = tuple(writer for _, writer in LABELLERS)
 
