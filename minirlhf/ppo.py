@@ -44,7 +44,8 @@ from minirlhf.common import (MetricsFile, check, check_choice, check_finite, che
                              learning_rate, masked_mean, random_stream, run, whiten)
 from minirlhf.data import (Tokenizer, encode_prompt, fit_rows, load_function, read_records,
                            response_mask)
-from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, generate, token_logprobs
+from minirlhf.gpt2 import (GPT2, ScalarModel, check_tokenizer, find_folder, generate,
+                           token_logprobs)
 from minirlhf.rewards import ModelReward, is_function, load_reward
 from minirlhf.weights import write_atomically
 
@@ -72,7 +73,7 @@ class PPOConfig:
     gamma: float = 1.0                  # discount; 1: a token now is worth a token later
     lam: float = 0.95                   # GAE's lambda (Ziegler et al.)
     kl_coef: float = 0.1                # weight of kl_ref, beta in papers (0.02 in InstructGPT)
-    kl_target: float = 0.0              # > 0: adapt kl_coef to this kl_ref, nats a response (Ziegler 6)
+    kl_target: float = 0.0              # > 0: adapt kl_coef to this kl_ref, nats a response
     kl_horizon: float = 10_000          # responses over which the adaptation works (Ziegler et al.)
     cliprange: float = 0.2              # ratio clip (Schulman et al. 2017)
     cliprange_value: float = 0.2        # how far a value may move from the old one in an update
@@ -460,7 +461,7 @@ def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPO
 def main(cfg: PPOConfig) -> dict:
     """Train and save; returns the last row of metrics."""
     networks, ref_policy = make_networks(cfg)
-    policy, tokenizer = networks.policy, Tokenizer.load(cfg.model)
+    policy, tokenizer = networks.policy, Tokenizer.load(find_folder(cfg.model))
     check_tokenizer(policy, tokenizer, cfg.model)
     reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer)
     gold_function = load_function(cfg.gold) if cfg.gold else None

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate,
                              random_stream, run, shuffled_batches)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records)
-from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, generate
+from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, find_folder, generate
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,9 @@ def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
 
 def main(cfg: RewardModelConfig) -> dict:
     """Train, normalise and save; returns the last row of metrics with the held-out figures."""
-    policy, tokenizer = GPT2.from_pretrained(cfg.model), Tokenizer.load(cfg.model)
-    check_tokenizer(policy, tokenizer, cfg.model)
+    folder = find_folder(cfg.model)
+    policy, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
+    check_tokenizer(policy, tokenizer, folder)
     rows = collect(cfg, tokenizer, policy.config.n_positions)
     train, test = split_by_prompt(rows, cfg.held_out)
     longest_prompt = policy.config.n_positions - cfg.max_new_tokens
