@@ -126,24 +126,6 @@ def random_stream(seed: int, *counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def shuffled_batches(lengths: list[int], batch_size: int,
-                     generator: torch.Generator) -> list[list[int]]:
-    """Row indices in random batches of rows of similar length, so that little of them is padding.
-
-    Rows are shuffled, sorted by length within groups of eight batches, cut into batches, and the
-    batches are shuffled. Every index occurs exactly once; one batch is smaller where the rows do
-    not divide evenly.
-
-    Example: lengths 5 1 5 1 and batch size 2 give the batches 0 2 and 1 3, in some order.
-    """
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    group, batches = 8 * batch_size, []
-    for first in range(0, len(order), group):
-        rows = sorted(order[first:first + group], key=lengths.__getitem__)
-        batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-
 # ---- masked statistics --------------------------------------------------------------------------
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

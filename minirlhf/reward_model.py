@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate,
-                             random_stream, run, shuffled_batches)
+                             random_stream, run)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records)
 from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, find_folder, generate
 
@@ -235,13 +235,13 @@ def main(cfg: RewardModelConfig) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     metrics = MetricsFile(cfg.out, ["step", "loss", "accuracy", "held_out_loss",
                                     "held_out_accuracy", "calibration_error", "grad_norm", "lr"])
-    lengths = [len(row) for row in train]
     total_steps = cfg.epochs * -(-len(train) // cfg.batch_size)
     print(f"reward model: {len(train)} comparisons x {cfg.epochs} epochs = {total_steps} steps; "
           f"{len(test)} held out", flush=True)
     step = 0
     for epoch in range(cfg.epochs):
-        for batch in shuffled_batches(lengths, cfg.batch_size, random_stream(cfg.seed, 0, epoch)):
+        order = torch.randperm(len(train), generator=random_stream(cfg.seed, 0, epoch))
+        for batch in order.split(cfg.batch_size):
             lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "linear")
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate,
-                             random_stream, run, shuffled_batches)
+                             random_stream, run)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records,
                            response_mask)
 from minirlhf.gpt2 import GPT2, check_tokenizer, find_folder, generate, token_logprobs
@@ -185,14 +185,14 @@ def main(cfg: SFTConfig) -> dict:
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     metrics = MetricsFile(cfg.out, ["step", "loss", "held_out_loss", "grad_norm", "lr"])
-    lengths = [len(row) for row in train]
     total_steps = cfg.epochs * -(-len(train) // cfg.batch_size)
     before = evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token)
     print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
           f"held-out loss before {before:.3f}", flush=True)
     step, samples = 0, []
     for epoch in range(cfg.epochs):
-        for batch in shuffled_batches(lengths, cfg.batch_size, random_stream(cfg.seed, 0, epoch)):
+        order = torch.randperm(len(train), generator=random_stream(cfg.seed, 0, epoch))
+        for batch in order.split(cfg.batch_size):
             lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "cosine")
             for group in optimizer.param_groups:
                 group["lr"] = lr

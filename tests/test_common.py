@@ -11,7 +11,7 @@ import torch
 
 from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_range, describe,
                              field_comments, learning_rate, masked_mean, parse_config,
-                             random_stream, read_metrics, run, shuffled_batches, whiten)
+                             random_stream, read_metrics, run, whiten)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -217,36 +217,6 @@ def test_no_two_streams_of_a_run_are_the_same():
 @pytest.mark.parametrize("seed", [-1, -10**30, 10**30, 2**63])
 def test_any_integer_is_a_seed(seed):
     assert 0 <= torch.rand(1, generator=random_stream(seed, 1)).item() < 1
-
-
-def test_shuffled_batches_of_the_docstring():
-    batches = shuffled_batches([5, 1, 5, 1], 2, random_stream(0))
-    assert sorted(sorted(batch) for batch in batches) == [[0, 2], [1, 3]]
-
-
-@pytest.mark.parametrize("rows, batch_size", [(1, 1), (1, 4), (7, 3), (64, 4), (1000, 16)])
-def test_every_row_is_in_exactly_one_batch_and_one_batch_may_be_small(rows, batch_size):
-    lengths = torch.randint(1, 60, (rows,), generator=random_stream(rows)).tolist()
-    batches = shuffled_batches(lengths, batch_size, random_stream(1))
-    assert sorted(row for batch in batches for row in batch) == list(range(rows))
-    small = [len(batch) for batch in batches if len(batch) != batch_size]
-    assert small == ([rows % batch_size] if rows % batch_size else [])
-
-
-def test_rows_of_a_batch_have_similar_lengths():
-    lengths = torch.randint(1, 60, (1024,), generator=random_stream(0)).tolist()
-    batches = shuffled_batches(lengths, 16, random_stream(1))
-    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
-    assert sum(lengths) / padded > 0.85              # unsorted it is about a half
-
-
-def test_another_stream_makes_other_batches_in_another_order():
-    lengths = [3] * 64
-    one, other = (shuffled_batches(lengths, 8, random_stream(seed)) for seed in (0, 1))
-    assert one != other
-    assert shuffled_batches(lengths, 8, random_stream(0)) == one
-    longest_first = shuffled_batches(list(range(64)), 8, random_stream(0))
-    assert longest_first != sorted(longest_first)    # short rows do not always come first
 
 
 # ---- masked statistics --------------------------------------------------------------------------
