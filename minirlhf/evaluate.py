@@ -299,7 +299,7 @@ def cell(value: float | dict | None) -> str:
     """A figure in a table: 0.80, or with its interval 0.80 [0.77, 0.83]; empty where unknown."""
     if isinstance(value, dict):
         return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
-    return "" if value is None else f"{value:.2f}"
+    return "" if value is None else f"{round(value, 2) + 0.0:.2f}"         # + 0.0: never -0.00
 
 
 def side_by_side(a: Answers, b: Answers, scores_a: np.ndarray, scores_b: np.ndarray, count: int,
@@ -343,8 +343,9 @@ def compare(cfg: EvaluateConfig, policies: dict[str, GPT2], tokenizer: Tokenizer
     print(table({f"a = {cfg.a}": result["a"], "a again, the control": result["a_again"],
                  f"b = {cfg.b}": result["b"]}))
     for sample in result["samples"]:
-        print(f"\n{sample['prompt']}\n  a [{sample['score_a']:5.2f}] {sample['a']}"
-              f"\n  b [{sample['score_b']:5.2f}] {sample['b']}")
+        prompt, *texts = [sample[name].replace("\n", " | ") for name in ("prompt", "a", "b")]
+        print(f"\n{prompt}\n  a [{sample['score_a']:5.2f}] {texts[0]}\n  b "
+              f"[{sample['score_b']:5.2f}] {texts[1]}")
     return result
 
 

@@ -279,7 +279,7 @@ def test_table_has_a_line_for_each_policy_and_kind():
     assert [line.split()[0] for line in text.split("\n")] == ["gold", "SFT", "RLHF", "entity"]
     assert "-1.23" in text and text.count("0.50 [0.25, 0.75]") == 2
     assert len({line.find("[") for line in text.split("\n")[2:]}) == 1
-    assert cell(None) == ""
+    assert cell(None) == "" and cell(-0.001) == "0.00"
 
 
 def test_samples_show_both_answers_to_the_same_prompt():
