@@ -1,0 +1,136 @@
+"""Keep the code that the lectures quote equal to the code that runs.
+
+    python lectures/quotes.py            # names every quote that differs from its source; exit code 1
+    python lectures/quotes.py --fix      # rewrites those blocks
+
+In a lecture, a quoted block follows a comment that names a file and a symbol in it:
+
+    <!-- code: minirlhf/ppo.py::gae -->
+    <!-- code: minirlhf/ppo.py::gae nodoc -->
+
+The symbol is a function, a class, `Class.method`, or a name assigned at module level. With `nodoc` its
+docstring is left out: a lecture says the same at more length.
+"""
+
+import argparse
+import ast
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+REPOSITORY = FOLDER.parent
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+MARK = re.compile(r"^<!-- (code|tour|output)(?:: (.*?))? -->\n\Z", re.M)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a lecture, and the comment that stands directly before it."""
+    language: str
+    text: str           # what is between the fences, with its last newline
+    mark: str           # "code", "tour", "output", or "" without a comment
+    argument: str       # what the comment says after the colon
+    start: int          # where `text` begins in the lecture
+    line: int           # line of the opening fence, from 1
+
+
+def read_blocks(lecture: str) -> list[Block]:
+    """The fenced blocks of a lecture, in order.
+
+    Example: "<!-- code: a.py::f -->\\n```python\\nx\\n```\\n" is one block with language "python",
+    text "x\\n", mark "code" and argument "a.py::f".
+    """
+    blocks = []
+    for fence in FENCE.finditer(lecture):
+        before = lecture[:fence.start()]
+        mark = MARK.search(before[before.rfind("\n", 0, -1) + 1:])
+        kind, argument = (mark.group(1), mark.group(2) or "") if mark else ("", "")
+        blocks.append(Block(fence.group(1), fence.group(2), kind, argument, fence.start(2),
+                            before.count("\n") + 1))
+    return blocks
+
+
+def find_symbol(tree: ast.Module, name: str) -> ast.stmt | None:
+    """The statement that defines `name`, or `Class.method`; the last one if there are several."""
+    body: list[ast.stmt] = tree.body
+    found = None
+    for part in name.split("."):
+        found = None
+        for statement in body:
+            names = [getattr(statement, "name", None)]
+            if isinstance(statement, ast.Assign):
+                names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+            elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                names = [statement.target.id]
+            if part in names:
+                found = statement
+        if found is None:
+            return None
+        body = getattr(found, "body", [])
+    return found
+
+
+def quote(argument: str, repository: Path = REPOSITORY) -> str:
+    """The source text that `file.py::symbol` or `file.py::symbol nodoc` names, whole lines, dedented.
+
+    Raises: ValueError if the argument has another form, or the file or the symbol is not there.
+    """
+    match = re.fullmatch(r"([\w/]+\.py)::([\w.]+)( nodoc)?", argument)
+    if match is None:
+        raise ValueError(f"expected `file.py::symbol` or `file.py::symbol nodoc`, found {argument!r}")
+    path, name, without_docstring = repository / match.group(1), match.group(2), match.group(3)
+    if not path.is_file():
+        raise ValueError(f"{argument}: there is no file {match.group(1)}")
+    source = path.read_text(encoding="utf-8")
+    node = find_symbol(ast.parse(source), name)
+    if node is None:
+        raise ValueError(f"{argument}: {match.group(1)} defines no {name}")
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    lines = source.split("\n")
+    kept = range(first, node.end_lineno + 1)
+    if without_docstring:
+        if ast.get_docstring(node) is None:
+            raise ValueError(f"{argument}: {name} has no docstring to leave out")
+        docstring = node.body[0]
+        end = docstring.end_lineno
+        if isinstance(node, ast.ClassDef) and not lines[end].strip():
+            end += 1                                     # the empty line behind a class's docstring
+        kept = [n for n in kept if not docstring.lineno <= n <= end]
+    return textwrap.dedent("\n".join(lines[n - 1] for n in kept)) + "\n"
+
+
+def renew(lecture: str) -> tuple[str, list[str]]:
+    """The lecture with every quoted block as its source has it, and what had to change."""
+    changes = []
+    for block in reversed(read_blocks(lecture)):         # from the end, so that positions stay right
+        if block.mark != "code":
+            continue
+        expected = quote(block.argument)
+        if block.text != expected:
+            changes.insert(0, f"line {block.line}: {block.argument}")
+            lecture = lecture[:block.start] + expected + lecture[block.start + len(block.text):]
+    return lecture, changes
+
+
+def main() -> int:
+    """Report or rewrite stale quotes; the exit code."""
+    parser = argparse.ArgumentParser(description="Compare the lectures' quotes with the code.")
+    parser.add_argument("--fix", action="store_true", help="rewrite the quotes that differ")
+    fix = parser.parse_args().fix
+    stale = 0
+    for path in sorted(FOLDER.glob("*.md")):
+        renewed, changes = renew(path.read_text(encoding="utf-8"))
+        for change in changes:
+            print(f"{path.name} {change} {'rewritten' if fix else 'differs from its source'}")
+        if fix and changes:
+            path.write_text(renewed, encoding="utf-8", newline="\n")
+        stale += len(changes)
+    if stale and not fix:
+        print("rewrite them with: python lectures/quotes.py --fix")
+    return 1 if stale and not fix else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
