@@ -41,7 +41,7 @@ class PipelineConfig:
 @dataclass(frozen=True)
 class Plan:
     """How much of everything; what is not named here is the stage's own default."""
-    demonstrations: int = 4000
+    demonstrations: int = 3000
     comparisons: int = 6000
     reward_models: int = 2
     iterations: int = 25
@@ -108,8 +108,9 @@ def train(cfg: PipelineConfig, plan: Plan, clock: Clock) -> tuple[list[str], lis
         folders.append(rm_cfg.out)
         clock.stop()
 
-    ppo_cfg = ppo.PPOConfig(model=sft_cfg.out, reward=",".join(folders), iterations=plan.iterations,
-                            seed=cfg.seed, out=os.path.join(cfg.out, "ppo"))
+    ppo_cfg = ppo.PPOConfig(model=sft_cfg.out, reward=",".join(folders), ensemble="min",
+                            iterations=plan.iterations, seed=cfg.seed,
+                            out=os.path.join(cfg.out, "ppo"))
     clock.start("ppo", f"3. PPO: {command('ppo', ppo_cfg)}")
     ppo.main(ppo_cfg)
     clock.stop()
@@ -121,7 +122,7 @@ def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
     folders = {"base": cfg.base, "SFT": os.path.join(cfg.out, "sft"),
                "SFT again": os.path.join(cfg.out, "sft"), "RLHF": os.path.join(cfg.out, "ppo")}
     ref_policy, tokenizer = load_policy(folders["SFT"])
-    reward_function = load_reward(",".join(rm_folders), "mean", tokenizer)
+    reward_function = load_reward(",".join(rm_folders), "min", tokenizer)
     prompts, _ = read_prompts("minirlhf.world:held_out_prompts", plan.prompts, cfg.seed, tokenizer,
                               ref_policy.config.n_positions - 32)
     answers, figures = {}, {}
@@ -129,12 +130,15 @@ def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
         answers[name] = answers_of(folder, tokenizer, prompts, plan.answers, seed=cfg.seed,
                                    stream=stream)
         figures[name] = gold_figures(answers[name])
-        figures[name]["score"] = judge_answers(answers[name], reward_function, tokenizer)
-        figures[name]["kl_ref"] = kl_to_reference(load_policy(folder)[0], ref_policy, answers[name])
+        if name != "SFT again":                          # the control is of the gold judge alone
+            policy, _ = load_policy(folder)
+            figures[name]["score"] = judge_answers(answers[name], reward_function, tokenizer)
+            figures[name]["kl_ref"] = kl_to_reference(policy, ref_policy, answers[name])
         print(f"  {name}: {answers[name].lengths.size} answers", flush=True)
     policies = {name: describe(answers[name], figures[name], seed=cfg.seed, against=figures["SFT"])
                 for name in folders}
-    del policies["SFT"]["win_rate"]                      # against itself, answer by answer: no news
+    for part in (policies["SFT"], *policies["SFT"]["by_kind"].values()):
+        del part["win_rate"]                             # 0.5: these very answers against themselves
     samples = side_by_side(answers["SFT"], answers["RLHF"], figures["SFT"]["gold"],
                            figures["RLHF"]["gold"], 8, cfg.seed)
     return {"policies": policies, "samples": samples}

@@ -223,5 +223,9 @@ def format_number(value) -> str:
 def read_metrics(folder: str) -> list[dict[str, float]]:
     """The rows of a run's `metrics.csv` as numbers; empty cells are left out."""
     with open(os.path.join(folder, "metrics.csv"), newline="", encoding="utf-8") as file:
-        return [{key: float(text) for key, text in row.items() if text}
-                for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    try:
+        return [{key: float(text) for key, text in row.items() if text} for row in rows]
+    except (TypeError, ValueError):
+        raise ValueError(f"{os.path.join(folder, 'metrics.csv')}: expected a number in every cell, "
+                         "under the names of the first line") from None

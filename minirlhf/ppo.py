@@ -72,7 +72,7 @@ class PPOConfig:
     warmup_iterations: int = 3          # linear warm-up, then linear down to 0
     gamma: float = 1.0                  # discount; 1: a token now is worth a token later
     lam: float = 0.95                   # GAE's lambda (Ziegler et al.)
-    kl_coef: float = 0.1                # weight of kl_ref, beta in papers (0.02 in InstructGPT)
+    kl_coef: float = 0.2                # weight of kl_ref, beta in papers (0.02 in InstructGPT)
     kl_target: float = 0.0              # > 0: adapt kl_coef to this kl_ref, nats a response
     kl_horizon: float = 10_000          # responses over which the adaptation works (Ziegler et al.)
     cliprange: float = 0.2              # ratio clip (Schulman et al. 2017)
@@ -446,7 +446,8 @@ def draw_prompts(prompts: list[list[int]], cfg: PPOConfig, iteration: int) -> li
 
 def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPOConfig) -> None:
     """Write the policy, and beside it the critic, so that nothing that was trained is lost."""
-    tokenizer.save(cfg.out)
+    context = networks.policy.config.n_positions
+    tokenizer.save(cfg.out, context)
     write_atomically(os.path.join(cfg.out, "samples.txt"), samples.encode("utf-8"))
     critic = networks.critic
     if critic is None:                                   # written as the scalar model that it is
@@ -454,7 +455,7 @@ def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPO
         critic.transformer.load_state_dict(networks.policy.state_dict())
         critic.score_head.load_state_dict(networks.value_head.state_dict())
     critic.save_pretrained(os.path.join(cfg.out, "critic"))
-    tokenizer.save(os.path.join(cfg.out, "critic"))
+    tokenizer.save(os.path.join(cfg.out, "critic"), context)
     networks.policy.save_pretrained(cfg.out)
 
 

@@ -269,7 +269,7 @@ def main(cfg: RewardModelConfig) -> dict:
     fold_normalisation(model, scores.mean().item(), scores.std().item())
     print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation "
           f"{scores.std():.2f}, now 0 and 1", flush=True)
-    tokenizer.save(cfg.out)
+    tokenizer.save(cfg.out, policy.config.n_positions)
     model.save_pretrained(cfg.out)
     return row
 

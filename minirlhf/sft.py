@@ -42,13 +42,13 @@ class SFTConfig:
     """Options of `python -m minirlhf.sft`."""
     model: str = "checkpoints/tiny"     # base model: checkpoint folder, or gpt2, gpt2-medium, ...
     data: str = "minirlhf.world:demonstrations"    # .jsonl file, or module:function giving records
-    examples: int = 4000                # demonstrations to use; 0: all that the file has
+    examples: int = 3000                # demonstrations to use; 0: all that the file has
     held_out: int = 200                 # of these, kept for the held-out loss
     out: str = "checkpoints/sft"        # folder to write
     epochs: int = 2                     # passes over the demonstrations
     batch_size: int = 32                # demonstrations a step
     accumulation: int = 1               # parts that a step's batch is computed in, to save memory
-    lr: float = 5e-4                    # peak learning rate; for GPT-2 124M rather 2e-5
+    lr: float = 3e-4                    # peak learning rate; for GPT-2 124M rather 2e-5
     warmup_steps: int = 10              # steps of linear warm-up, then cosine down to 0
     weight_decay: float = 0.01          # AdamW's
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
@@ -211,7 +211,7 @@ def main(cfg: SFTConfig) -> dict:
                     samples.append(write_samples(policy, samplable, tokenizer, cfg, step))
             metrics.write(row)
     print("".join(samples[-1:]), end="", flush=True)
-    tokenizer.save(cfg.out)
+    tokenizer.save(cfg.out, policy.config.n_positions)
     write_atomically(os.path.join(cfg.out, "samples.txt"), "".join(samples).encode("utf-8"))
     policy.save_pretrained(cfg.out)
     return row
