@@ -2,6 +2,7 @@
 
     python -m minirlhf.pretrain                          # rebuilds checkpoints/tiny from its seed
     python -m minirlhf.pretrain --text book.txt --out checkpoints/book
+    python -m minirlhf.pretrain --tokenizer gpt2 --steps 0 --context 512 --out checkpoints/random
 
 In:  the corpus of the embedded text world, or any text file whose documents are separated by blank
      lines. Out: a checkpoint folder in Hugging Face format with the tokenizer, and `metrics.csv`.
@@ -12,6 +13,7 @@ document begins; predict every next token with AdamW under a warm-up and a cosin
 loss on documents that were put aside is printed as it goes.
 
 Choices: windows begin at documents because prompts will: a prompt is <|endoftext|> and its text.
+With --steps 0 the random weights are saved: a model of any shape to try the other stages on.
 The weights are stored in float16, which halves the shipped file and moves no logit by more than
 about 0.01; they are loaded as float32.
 
@@ -26,8 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate,
-                             random_stream, run)
+from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_range,
+                             learning_rate, random_stream, run)
 from minirlhf.data import Tokenizer, load_function, train_bpe
 from minirlhf.gpt2 import GPT2, GPT2Config, generate
 
@@ -39,12 +41,13 @@ class PretrainConfig:
     corpus: str = "minirlhf.world:corpus"    # module:function that yields documents, without --text
     characters: int = 60_000_000        # size of the corpus that the function is asked for
     out: str = "checkpoints/tiny"       # folder to write
-    vocab_size: int = 2048              # tokens of the BPE, <|endoftext|> included
+    tokenizer: str = ""                 # gpt2: GPT-2's own BPE instead of training one on the text
+    vocab_size: int = 2048              # tokens of the BPE, <|endoftext|> included; GPT-2's has 50257
     n_embd: int = 96                    # channels C
     n_layer: int = 4                    # layers
     n_head: int = 3                     # attention heads
     context: int = 64                   # longest sequence, tokens
-    steps: int = 18_000                 # optimiser steps
+    steps: int = 18_000                 # optimiser steps; 0: save the random weights
     batch_size: int = 32                # windows a step
     lr: float = 3e-3                    # peak learning rate
     weight_decay: float = 0.1           # AdamW's, on matrices only
@@ -56,8 +59,10 @@ class PretrainConfig:
     def __post_init__(self):
         check_range(self, "characters", 10_000, 10**10)
         check_range(self, "vocab_size", 257, 100_000)
-        for name in ("n_embd", "n_layer", "n_head", "steps", "batch_size", "save_every"):
+        check_choice(self, "tokenizer", ("", "gpt2"))
+        for name in ("n_embd", "n_layer", "n_head", "batch_size", "save_every"):
             check_range(self, name, 1, 10**9)
+        check_range(self, "steps", 0, 10**9)
         check_range(self, "context", 8, 100_000)
         check_range(self, "lr", 0, 10)
         check_range(self, "weight_decay", 0, 10)
@@ -125,24 +130,18 @@ def make_optimizer(model: GPT2, cfg: PretrainConfig) -> torch.optim.Optimizer:
 def save(model: GPT2, tokenizer: Tokenizer, folder: str) -> None:
     """Write tokenizer and weights (float16) into `folder`."""
     os.makedirs(folder, exist_ok=True)
-    tokenizer.save(folder)
+    tokenizer.save(folder, model.config.n_positions)
     model.save_pretrained(folder, dtype=torch.float16)
 
 
-def main(cfg: PretrainConfig) -> dict:
-    """Train and save; return the last row of metrics."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    documents = read_documents(cfg)
-    started = time.perf_counter()
-    tokenizer = train_bpe(documents[:20_000], cfg.vocab_size)
+def train(model: GPT2, tokenizer: Tokenizer, documents: list[str], cfg: PretrainConfig,
+          started: float) -> dict:
+    """Learn the documents' text and save as it goes; return the last row of metrics."""
     held_out = max(1, min(1000, len(documents) // 20))
     stream, starts = pack(documents[held_out:], tokenizer)
     test_stream, test_starts = pack(documents[:held_out], tokenizer)
     check(min(len(stream), len(test_stream)) > cfg.context + 1,
           f"the text has {len(stream) + len(test_stream)} tokens: too few for --context {cfg.context}")
-    torch.manual_seed(cfg.seed)
-    model = GPT2(GPT2Config(tokenizer.vocab_size, cfg.context, cfg.n_embd, cfg.n_layer, cfg.n_head))
     optimizer = make_optimizer(model, cfg)
     print(f"{len(documents)} documents, {len(stream) / 1e6:.1f}M tokens of {tokenizer.vocab_size} "
           f"kinds, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {cfg.steps} "
@@ -179,6 +178,24 @@ def main(cfg: PretrainConfig) -> dict:
             print(f"step {step + 1:6d}  loss {row['loss']:.3f}  held out {held_out_loss:.3f}  "
                   f"{left / 60:4.1f} min left | {tokenizer.decode(text.ids[0].tolist())!r}", flush=True)
     return row
+
+
+def main(cfg: PretrainConfig) -> dict:
+    """Train and save; return the last row of metrics (empty if `steps` is 0)."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    needs_text = cfg.steps > 0 or not cfg.tokenizer
+    documents = read_documents(cfg) if needs_text else []
+    started = time.perf_counter()
+    tokenizer = Tokenizer.gpt2() if cfg.tokenizer else train_bpe(documents[:20_000], cfg.vocab_size)
+    torch.manual_seed(cfg.seed)
+    model = GPT2(GPT2Config(tokenizer.vocab_size, cfg.context, cfg.n_embd, cfg.n_layer, cfg.n_head))
+    if cfg.steps == 0:
+        save(model, tokenizer, cfg.out)
+        print(f"{cfg.out}: random weights, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M "
+              f"parameters, {tokenizer.vocab_size} tokens")
+        return {}
+    return train(model, tokenizer, documents, cfg, started)
 
 
 if __name__ == "__main__":
