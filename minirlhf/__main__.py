@@ -42,7 +42,7 @@ class PipelineConfig:
 class Plan:
     """How much of everything; what is not named here is the stage's own default."""
     demonstrations: int = 3000
-    comparisons: int = 6000
+    comparisons: int = 8000
     reward_models: int = 2
     iterations: int = 25
     prompts: int = 480                  # held-out prompts of the evaluation

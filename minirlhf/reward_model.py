@@ -41,8 +41,8 @@ class RewardModelConfig:
     """Options of `python -m minirlhf.reward_model`."""
     model: str = "checkpoints/sft"      # SFT folder: start of the trunk, writer of the samples
     data: str = "minirlhf.world:comparisons"    # .jsonl file, or module:function giving records
-    comparisons: int = 6000             # comparisons to use; 0: all that the file has
-    held_out: int = 600                 # about as many of them, whole prompts, are kept for testing
+    comparisons: int = 8000             # comparisons to use; 0: all that the file has
+    held_out: int = 800                 # about as many of them, whole prompts, are kept for testing
     out: str = "checkpoints/reward_model"    # folder to write
     epochs: int = 1                     # passes over the comparisons; a second one overfits
     batch_size: int = 32                # comparisons a step
