@@ -4,7 +4,7 @@
     python -m minirlhf --quick    # under a minute, clearly worse: to see that everything runs
 
 In:  the shipped base model, checkpoints/tiny. Out, under checkpoints/: the folders `sft`,
-     `reward_model_1`, `reward_model_2`, ..., `ppo`, the comparisons, `report.json` and `curves.png`.
+     `reward_model`, `reward_model_2`, `ppo`, the comparisons, `report.json` and `curves.png`.
 
 Each stage is the command that you can run by itself with the options printed here; this file only
 runs them one after another, compares the three policies on held-out prompts, and reports.
@@ -89,21 +89,23 @@ def train(cfg: PipelineConfig, plan: Plan, clock: Clock) -> tuple[list[str], lis
     clock.stop()
 
     path = os.path.join(cfg.out, "comparisons.jsonl")
-    clock.start("comparisons", f"2a. comparisons: the SFT model answers, the gold judge chooses -> {path}")
+    clock.start("comparisons", "2a. comparisons: the SFT model answers, the gold judge chooses")
     records = comparisons(plan.comparisons, cfg.seed, sft_cfg.out)
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8"))
     first = records[0]
-    print(f"{len(records)} comparisons; the first: {first['prompt']!r}\n  chosen   {first['chosen']!r}\n"
-          f"  rejected {first['rejected']!r}")
+    print(f"{len(records)} comparisons, in {path}; the first: {first['prompt']!r}\n"
+          f"  chosen   {first['chosen']!r}\n  rejected {first['rejected']!r}")
     clock.stop()
 
     folders, figures = [], []
     for number in range(1, plan.reward_models + 1):
+        name = "reward_model" if number == 1 else f"reward_model_{number}"
         rm_cfg = reward_model.RewardModelConfig(
-            model=sft_cfg.out, data=path, comparisons=plan.comparisons, seed=100 * cfg.seed + number,
-            held_out=plan.comparisons // 10, out=os.path.join(cfg.out, f"reward_model_{number}"))
-        clock.start(f"reward_model_{number}", f"2b. reward model: {command('reward_model', rm_cfg)}")
+            model=sft_cfg.out, data=path, comparisons=plan.comparisons,
+            held_out=plan.comparisons // 10, seed=100 * cfg.seed + number,
+            out=os.path.join(cfg.out, name))
+        clock.start(name, f"2b. reward model: {command('reward_model', rm_cfg)}")
         figures.append(reward_model.main(rm_cfg))
         folders.append(rm_cfg.out)
         clock.stop()
@@ -138,7 +140,7 @@ def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
     policies = {name: describe(answers[name], figures[name], seed=cfg.seed, against=figures["SFT"])
                 for name in folders}
     for part in (policies["SFT"], *policies["SFT"]["by_kind"].values()):
-        del part["win_rate"]                             # 0.5: these very answers against themselves
+        del part["win_rate"]                             # 0.5: these answers against themselves
     samples = side_by_side(answers["SFT"], answers["RLHF"], figures["SFT"]["gold"],
                            figures["RLHF"]["gold"], 8, cfg.seed)
     return {"policies": policies, "samples": samples}
@@ -149,16 +151,20 @@ def make_report(cfg: PipelineConfig, plan: Plan, found: dict, rm_figures: list[d
     """What checkpoints/report.json holds."""
     policies = found["policies"]
     short = {"base": "base", "SFT": "sft", "RLHF": "rlhf"}
-    report = {"win_rate": policies["RLHF"]["win_rate"], "control": policies["SFT again"]["win_rate"]}
-    for name in ("gold", "score", "fully_right", "answered", "kl_ref", "length", "distinct", "end_rate"):
+    report = {"win_rate": policies["RLHF"]["win_rate"],
+              "control": policies["SFT again"]["win_rate"]}
+    for name in ("gold", "score", "fully_right", "answered", "kl_ref", "length", "distinct",
+                 "end_rate"):
         report[name] = {short[policy]: policies[policy][name] for policy in short}
-    report["fully_right_by_kind"] = {
-        short[policy]: {kind: part["fully_right"] for kind, part in policies[policy]["by_kind"].items()}
-        for policy in short}
+    report["fully_right_by_kind"] = {}
+    for policy in short:
+        kinds = policies[policy]["by_kind"].items()
+        report["fully_right_by_kind"][short[policy]] = {kind: part["fully_right"]
+                                                        for kind, part in kinds}
     report["reward_model_accuracy"] = [row["held_out_accuracy"] for row in rm_figures]
     report["reward_model_calibration_error"] = [row["calibration_error"] for row in rm_figures]
-    report.update(seconds={**seconds, "total": sum(seconds.values())}, seed=cfg.seed, quick=cfg.quick,
-                  plan=asdict(plan), samples=found["samples"])
+    report.update(seconds={**seconds, "total": sum(seconds.values())}, seed=cfg.seed,
+                  quick=cfg.quick, plan=asdict(plan), samples=found["samples"])
     return report
 
 
@@ -167,19 +173,21 @@ def main(cfg: PipelineConfig) -> dict:
     plan, clock = QUICK if cfg.quick else Plan(), Clock()
     load_policy(cfg.base)                                # fail now, not after the first stage
     if cfg.quick:
-        print("--quick: small data and few steps. Everything runs, but the results are clearly worse "
-              "than those of python -m minirlhf")
+        print("--quick: small data and few steps. Everything runs, but the results are clearly "
+              "worse than those of python -m minirlhf")
     rm_folders, rm_figures = train(cfg, plan, clock)
 
-    clock.start("evaluation", f"4. evaluation: {plan.prompts} held-out prompts, {plan.answers} answers "
-                "to each from each policy")
+    clock.start("evaluation", f"4. evaluation: {plan.prompts} held-out prompts, {plan.answers} "
+                "answers to each from each policy")
     found = evaluate(cfg, plan, rm_folders)
     picture = os.path.join(cfg.out, "curves.png")
-    pipeline_picture(os.path.join(cfg.out, "sft"), rm_folders, os.path.join(cfg.out, "ppo"), picture)
+    pipeline_picture(os.path.join(cfg.out, "sft"), rm_folders, os.path.join(cfg.out, "ppo"),
+                     picture)
     clock.stop()
 
     report = make_report(cfg, plan, found, rm_figures, clock.seconds)
-    write_json(os.path.join(cfg.out, "report.json"), report)
+    path = os.path.join(cfg.out, "report.json")
+    write_json(path, report)
     print("\n=== samples: held-out prompts, gold score in brackets")
     for sample in found["samples"]:
         print(sample["prompt"].replace("\n", " | "))
@@ -187,11 +195,11 @@ def main(cfg: PipelineConfig) -> dict:
         print(f"  RLHF [{sample['score_b']:5.2f}] {sample['b']}")
     print("\n=== result\n" + table(found["policies"]))
     accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in report["reward_model_accuracy"])
-    print(f"\nRLHF beats SFT in {cell(report['win_rate'])} of comparisons (gold judge, held-out prompts, "
-          f"ties half, 95 % interval);\nSFT against itself: {cell(report['control'])}. Reward models: "
-          f"held-out accuracy {accuracies}.")
-    print(f"{report['seconds']['total']:.0f} s in all. Wrote {os.path.join(cfg.out, 'report.json')} and "
-          f"{picture}; next, run  python -m minirlhf.evaluate  or open lectures/00-map.md")
+    print(f"\nRLHF beats SFT in {cell(report['win_rate'])} of comparisons (gold judge, held-out "
+          f"prompts, ties half, 95 % interval);\nSFT against itself: {cell(report['control'])}. "
+          f"Reward models: held-out accuracy {accuracies}.")
+    print(f"{report['seconds']['total']:.0f} s in all. Wrote {path} and {picture}; next, run  "
+          "python -m minirlhf.evaluate  or open lectures/00-map.md")
     return report
 
 
