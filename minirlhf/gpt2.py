@@ -168,9 +168,11 @@ class GPT2(nn.Module):
         config, tensors = read_config(folder), read_weights(folder)
         check("score.weight" not in tensors, f"{folder} holds a reward model (it has a tensor "
               "score.weight), expected a language model: a base, SFT or PPO folder")
-        with torch.device("meta"):           # shapes only: random numbers would be overwritten
+        trunk = trunk_tensors(tensors, folder)
+        check_sizes(config, trunk, folder)
+        with torch.random.fork_rng(devices=[]):          # loading leaves the random state alone
             model = cls(config)
-        load_tensors(model, trunk_tensors(tensors, folder), folder)
+        load_tensors(model, trunk, folder)
         return model
 
     def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32) -> None:
@@ -217,13 +219,14 @@ class ScalarModel(nn.Module):
         check("score.weight" in tensors, f"{folder} holds a language model (it has no tensor "
               "score.weight), expected a reward model; make one with: "
               "python -m minirlhf.reward_model")
-        with torch.device("meta"):           # shapes only: random numbers would be overwritten
-            model = cls(config)
         head = tensors.pop("score.weight")
-        check(head.shape == (1, config.n_embd), f"{folder}: tensor score.weight has shape "
-              f"{tuple(head.shape)}, expected {(1, config.n_embd)}: one score a response")
+        check_shape("score.weight", head, (1, config.n_embd), folder)
+        trunk = trunk_tensors(tensors, folder)
+        check_sizes(config, trunk, folder)
+        with torch.random.fork_rng(devices=[]):          # loading leaves the random state alone
+            model = cls(config)
         load_tensors(model.score_head, {"weight": head}, folder)
-        load_tensors(model.transformer, trunk_tensors(tensors, folder), folder)
+        load_tensors(model.transformer, trunk, folder)
         return model
 
     def save_pretrained(self, folder: str) -> None:
@@ -371,7 +374,7 @@ def sample(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     One uniform number decides one token, so a row's sample does not depend on its neighbours.
     Example: probabilities .2 .5 .3 and a uniform of 0.6 give token 1, because .2 <= 0.6 < .7.
     """
-    # careful: a sum of 50,257 float32 numbers is off by more than many a token's probability
+    # careful: just below 1, float32 numbers are 6e-8 apart, more than many a token's probability
     cumulative = logprobs.exp().cumsum(dim=1, dtype=torch.float64)       # (B, V)
     target = uniforms[:, None] * cumulative[:, -1:]                      # (B, 1)
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
@@ -401,6 +404,8 @@ def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_
     """
     longest = check_prompts(model, prompts, max_new_tokens, end_token)
     check(temperature > 0, f"temperature is {temperature}, expected a value above 0")
+    check(top_k >= 0, f"top_k is {top_k}, expected at least 0")
+    check(0 < top_p <= 1, f"top_p is {top_p}, expected a value above 0 and at most 1")
     B, device = len(prompts), model.wte.weight.device
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)   # (B,)
     ids = torch.full((B, longest + max_new_tokens), end_token, device=device)           # (B, T)
@@ -482,7 +487,10 @@ def read_config(folder: str) -> GPT2Config:
     sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
     missing = [name for name in sizes if name not in values]
     check(not missing, f"{path}: {', '.join(missing)} missing; expected the config of a GPT-2")
-    return GPT2Config(**{name: values[name] for name in sizes})
+    try:
+        return GPT2Config(**{name: values[name] for name in sizes})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_config(folder: str, config: GPT2Config, extra: dict) -> None:
@@ -511,27 +519,43 @@ def trunk_tensors(tensors: dict[str, torch.Tensor], folder: str) -> dict[str, to
     return found
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], folder: str) -> None:
-    """Make float32 copies of `tensors` the parameters of `module`; name what does not fit."""
-    expected = module.state_dict()
-    missing = sorted(set(expected) - set(tensors))
-    extra = sorted(set(tensors) - set(expected))
+def check_shape(name: str, tensor: torch.Tensor, expected: tuple, folder: str) -> None:
+    """Refuse a tensor of another shape by name."""
+    check(tuple(tensor.shape) == tuple(expected), f"{folder}: tensor {name} has shape "
+          f"{tuple(tensor.shape)}, expected {tuple(expected)} for the sizes in config.json")
+
+
+def check_names(expected, found, folder: str) -> None:
+    """Refuse a file in which tensors are missing, or that has others, by name."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     check(not missing, f"{folder}: tensor {', '.join(missing[:3])} is missing ({len(missing)} in "
           "all); is this a GPT-2 checkpoint of the size that config.json states?")
     check(not extra, f"{folder}: unexpected tensor {', '.join(extra[:3])} ({len(extra)} in all); "
           "is this a GPT-2 checkpoint of the size that config.json states?")
-    copies = {}
+
+
+def check_sizes(config: GPT2Config, trunk: dict[str, torch.Tensor], folder: str) -> None:
+    """Compare config.json with the file, before memory for a model of that size is asked for."""
+    C, last = config.n_embd, f"h.{config.n_layer - 1}.ln_1.weight"
+    for name, shape in (("wte.weight", (config.vocab_size, C)),
+                        ("wpe.weight", (config.n_positions, C)), (last, (C,))):
+        check(name in trunk, f"{folder}: tensor {name} is missing; is this a GPT-2 checkpoint of "
+              "the size that config.json states?")
+        check_shape(name, trunk[name], shape, folder)
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], folder: str) -> None:
+    """Copy `tensors` into `module`, converting to float32; name what does not fit."""
+    expected = module.state_dict()
+    check_names(expected, tensors, folder)
     for name, target in expected.items():
         source = tensors[name]
-        check(source.shape == target.shape, f"{folder}: tensor {name} has shape "
-              f"{tuple(source.shape)}, expected {tuple(target.shape)}")
+        check_shape(name, source, target.shape, folder)
         check(source.is_floating_point(), f"{folder}: tensor {name} has type {source.dtype}, "
               "expected floating-point numbers")
-        # a copy: the file must not stay mapped, or it could not be replaced on Windows
-        copies[name] = source.to(torch.float32, copy=True)
-        check(bool(torch.isfinite(copies[name]).all()), f"{folder}: tensor {name} holds nan or "
-              "inf; the file is damaged, or the run that wrote it diverged")
-    module.load_state_dict(copies, assign=True)
+        target.copy_(source)
+        check(bool(torch.isfinite(target).all()), f"{folder}: tensor {name} holds nan or inf; "
+              "the file is damaged, or the run that wrote it diverged")
 
 
 def check_tokenizer(model: nn.Module, tokenizer, folder: str) -> None:
@@ -566,6 +590,7 @@ class SampleConfig:
 # "Alan Turing theorized that computers would one day become" -> " the most powerful machines on the
 # planet.", the greedy continuation of the published 124M weights
 KNOWN_PROMPT = [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716]
+KNOWN_END = 50256
 KNOWN_CONTINUATION = [262, 749, 3665, 8217, 319, 262, 5440, 13]
 
 
@@ -592,7 +617,8 @@ def selfcheck(model: GPT2, name: str) -> None:
     """Compare the greedy continuation of KNOWN_PROMPT with that of the published 124M weights."""
     check(model.config == GPT2Config(), f"selfcheck: {name} is no GPT-2 of 124M parameters; "
           "the known continuation is that of: python -m minirlhf.gpt2 --model gpt2 --selfcheck")
-    made = generate(model, [KNOWN_PROMPT], len(KNOWN_CONTINUATION), greedy=True, end_token=50256)
+    made = generate(model, [KNOWN_PROMPT], len(KNOWN_CONTINUATION), end_token=KNOWN_END,
+                    greedy=True)
     tokens = made.ids[0, len(KNOWN_PROMPT):].tolist()
     check(tokens == KNOWN_CONTINUATION, f"selfcheck: {name} continues greedily with {tokens}, the "
           f"published 124M weights with {KNOWN_CONTINUATION}; these are other weights")

@@ -316,7 +316,7 @@ def test_an_unknown_schedule_is_refused():
 
 def test_check_finite_names_tensor_value_place_and_index():
     check_finite("loss", torch.tensor([1.0, 2.0]), "step 3")
-    with pytest.raises(FloatingPointError, match=r"^scores is not .* iteration 3, index \[1\]: nan;"):
+    with pytest.raises(FloatingPointError, match=r"^scores is not .* iteration 3, index \[1\]: nan"):
         check_finite("scores", torch.tensor([0.0, math.nan]), "iteration 3")
     with pytest.raises(FloatingPointError, match=r"at step 9, index \[1, 0\]: -inf;"):
         check_finite("values", torch.tensor([[0.0, 1.0], [-math.inf, math.nan]]), "step 9")
