@@ -1,6 +1,6 @@
 """Keep the code that the lectures quote equal to the code that runs.
 
-    python lectures/quotes.py            # names every quote that differs from its source; exit code 1
+    python lectures/quotes.py            # names each quote that differs from its source
     python lectures/quotes.py --fix      # rewrites those blocks
 
 In a lecture, a quoted block follows a comment that names a file and a symbol in it:
@@ -8,8 +8,9 @@ In a lecture, a quoted block follows a comment that names a file and a symbol in
     <!-- code: minirlhf/ppo.py::gae -->
     <!-- code: minirlhf/ppo.py::gae nodoc -->
 
-The symbol is a function, a class, `Class.method`, or a name assigned at module level. With `nodoc` its
-docstring is left out: a lecture says the same at more length.
+The symbol is a function, a class, `Class.method`, or a name assigned at module level. With `nodoc`
+its docstring is left out: a lecture says the same at more length. The exit code is 1 if a quote
+differs and was not rewritten.
 """
 
 import argparse
@@ -73,13 +74,14 @@ def find_symbol(tree: ast.Module, name: str) -> ast.stmt | None:
 
 
 def quote(argument: str, repository: Path = REPOSITORY) -> str:
-    """The source text that `file.py::symbol` or `file.py::symbol nodoc` names, whole lines, dedented.
+    """The source that `file.py::symbol` or `file.py::symbol nodoc` names: whole lines, dedented.
 
     Raises: ValueError if the argument has another form, or the file or the symbol is not there.
     """
     match = re.fullmatch(r"([\w/]+\.py)::([\w.]+)( nodoc)?", argument)
     if match is None:
-        raise ValueError(f"expected `file.py::symbol` or `file.py::symbol nodoc`, found {argument!r}")
+        raise ValueError("expected `file.py::symbol` or `file.py::symbol nodoc`, found "
+                         f"{argument!r}")
     path, name, without_docstring = repository / match.group(1), match.group(2), match.group(3)
     if not path.is_file():
         raise ValueError(f"{argument}: there is no file {match.group(1)}")
@@ -104,7 +106,7 @@ def quote(argument: str, repository: Path = REPOSITORY) -> str:
 def renew(lecture: str) -> tuple[str, list[str]]:
     """The lecture with every quoted block as its source has it, and what had to change."""
     changes = []
-    for block in reversed(read_blocks(lecture)):         # from the end, so that positions stay right
+    for block in reversed(read_blocks(lecture)):         # from the end: positions stay right
         if block.mark != "code":
             continue
         expected = quote(block.argument)

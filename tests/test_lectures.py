@@ -31,7 +31,7 @@ NAMES = [path.name for path in LECTURES]
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in LECTURES}
 TITLES_WITHOUT_TOUR = {"Sources"}
 
-# what makes a tour quick: the same command with small numbers; a tour's own options come after these
+# what makes a tour quick: the same command with small numbers; a tour's own options come last
 SMALL = {
     "minirlhf.gpt2": ["--max_new_tokens", "8"],
     "minirlhf.pretrain": ["--characters", "20000", "--vocab_size", "300", "--n_embd", "16",
@@ -130,14 +130,15 @@ def test_quoted_code_equals_its_source(name):
 
 def test_the_tool_finds_functions_classes_methods_and_assignments(tmp_path):
     (tmp_path / "a.py").write_text(
-        "LIMIT = 3      # why\nSIZE: int = 4\n\n\n@decorated\ndef f(x):\n    \"\"\"Doc.\n\n    More.\n"
-        "    \"\"\"\n    return x\n\n\nclass C:\n    \"\"\"Doc.\"\"\"\n\n    def m(self):\n"
-        "        return 1\n", encoding="utf-8")
+        "LIMIT = 3      # why\nSIZE: int = 4\n\n\n@decorated\ndef f(x):\n    \"\"\"Doc.\n\n"
+        "    More.\n    \"\"\"\n    return x\n\n\nclass C:\n    \"\"\"Doc.\"\"\"\n\n"
+        "    def m(self):\n        return 1\n", encoding="utf-8")
     assert quotes.quote("a.py::LIMIT", tmp_path) == "LIMIT = 3      # why\n"
     assert quotes.quote("a.py::SIZE", tmp_path) == "SIZE: int = 4\n"
     assert quotes.quote("a.py::f nodoc", tmp_path) == "@decorated\ndef f(x):\n    return x\n"
     assert quotes.quote("a.py::C.m", tmp_path) == "def m(self):\n    return 1\n"
-    assert quotes.quote("a.py::C nodoc", tmp_path) == "class C:\n    def m(self):\n        return 1\n"
+    without_doc = "class C:\n    def m(self):\n        return 1\n"
+    assert quotes.quote("a.py::C nodoc", tmp_path) == without_doc
     for wrong in ("a.py::g", "b.py::f", "a.py", "a.py::C.f", "a.py::C.m nodoc"):
         with pytest.raises(ValueError):
             quotes.quote(wrong, tmp_path)
@@ -167,7 +168,8 @@ def test_the_python_blocks_of_a_lecture_run_in_order(name, workshop, monkeypatch
             printed, count = screen.getvalue(), count + 1
         elif block.mark == "output":
             stripped = "\n".join(line.rstrip() for line in printed.splitlines()) + "\n"
-            assert block.text == stripped, f"{name} line {block.line}: the block above prints\n{printed}"
+            place = f"{name}, line {block.line}"
+            assert block.text == stripped, f"{place}: the block above prints\n{printed}"
     assert count > 0
 
 
@@ -186,8 +188,8 @@ def test_debugger_tours_print_what_the_lecture_says(name, workshop, monkeypatch)
 
 
 def test_a_tour_works_when_typed_at_a_terminal(workshop):
-    block = next(block for block in quotes.read_blocks(TEXT["00-map.md"]) if block.language == "pdb")
-    module, options, steps = read_tour(block.text)
+    tours = [block for block in quotes.read_blocks(TEXT["00-map.md"]) if block.language == "pdb"]
+    module, options, steps = read_tour(tours[0].text)
     commands = "\n".join([command for command, _ in steps] + ["q"]) + "\n"
     process = subprocess.run([sys.executable, "-m", "pdb", "-m", module, *SMALL[module], *options],
                              input=commands, capture_output=True, text=True, encoding="utf-8",
@@ -232,10 +234,10 @@ def anchor(title: str) -> str:
 
 
 def test_docstrings_refer_to_sections_that_exist():
+    reference = re.compile(r'Lecture:\s+lectures/([\w-]+\.md)(?:,\s+"([^"]+)")?')
     found = 0
     for path in sorted((REPOSITORY / "minirlhf").rglob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        for name, title in re.findall(r'Lecture:\s+lectures/([\w-]+\.md)(?:,\s+"([^"]+)")?', source):
+        for name, title in reference.findall(path.read_text(encoding="utf-8")):
             assert name in TEXT, f"{path.name} refers to lectures/{name}"
             assert not title or title in titles(TEXT[name]), f'{path.name}: {name} has no "{title}"'
             found += 1
