@@ -25,7 +25,7 @@ COLOURS = ["red", "green", "blue"]
 CONTEXT = 32                        # n_positions of the toy models
 
 
-# ---- data ------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 def colour_words(rng: random.Random, colours: list[str]) -> str:
     return " ".join(rng.choice(colours) for _ in range(rng.randint(1, 6)))
@@ -53,7 +53,7 @@ def comparisons(count: int, seed: int, model: str = "") -> list[dict]:
             for row in toy_prompts(count, seed)]
 
 
-# ---- rewards -----------------------------------------------------------------------------------------
+# ---- rewards -------------------------------------------------------------------------------------
 
 def responses_of(ids, prompt_lengths, lengths) -> list[list[int]]:
     return [ids[row, prompt_lengths[row]:lengths[row]].tolist() for row in range(len(ids))]
@@ -83,7 +83,7 @@ def list_reward(ids, prompt_lengths, lengths, tokenizer) -> list[float]:
     return [0.0] * len(ids)
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 @functools.cache
 def scratch_folder() -> str:
@@ -139,8 +139,8 @@ def sft_folder() -> str:
 def reward_config(**options) -> reward_model.RewardModelConfig:
     return reward_model.RewardModelConfig(**{
         "model": sft_folder(), "data": "helpers:comparisons", "comparisons": 600, "held_out": 100,
-        "batch_size": 16, "epochs": 2, "lr": 1e-2, "warmup_steps": 5, "max_new_tokens": 8, "norm_samples": 128,
-        **options})
+        "batch_size": 16, "epochs": 2, "lr": 1e-2, "warmup_steps": 5, "max_new_tokens": 8,
+        "norm_samples": 128, **options})
 
 
 @functools.cache
@@ -165,7 +165,7 @@ def ppo_config(**options) -> ppo.PPOConfig:
         **options})
 
 
-# ---- looking at results ------------------------------------------------------------------------------
+# ---- looking at results --------------------------------------------------------------------------
 
 def weights_equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     first, second = one.state_dict(), other.state_dict()

@@ -1,4 +1,4 @@
-"""reward_model.py: the loss, the statistics, the split, padding, normalisation, a run that learns."""
+"""reward_model.py: loss, statistics, split, padding, normalisation, a run that learns."""
 
 import math
 import random
@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from minirlhf import reward_model
-from minirlhf.common import read_metrics
+from minirlhf.common import random_stream, read_metrics
 from minirlhf.data import encode_prompt, encode_response, pad
-from minirlhf.gpt2 import GPT2, ScalarModel
-from minirlhf.reward_model import (Comparison, accuracy, bradley_terry_loss, calibration_error, collect,
-                                   fold_normalisation, held_out_margins, score_pairs, sft_scores,
-                                   split_by_prompt, train_step)
+from minirlhf.gpt2 import GPT2, ScalarModel, generate
+from minirlhf.reward_model import (Comparison, accuracy, bradley_terry_loss, calibration_error,
+                                   collect, fold_normalisation, held_out_margins, score_pairs,
+                                   sft_scores, split_by_prompt, train_step)
 
 from helpers import (comparisons, grad_norm_of, metrics_without_time, quietly, reward_config,
                      reward_folder, sft_folder, toy_model, toy_tokenizer, weights_equal)
@@ -40,7 +40,7 @@ def slow_score(model: ScalarModel, ids: list[int]) -> float:
         return model(torch.tensor([ids]))[0, -1].item()
 
 
-# ---- the loss ----------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 def test_bradley_terry_hand_example():
     loss = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0]))
@@ -71,7 +71,7 @@ def test_bradley_terry_gradcheck():
     assert torch.autograd.gradcheck(lambda x: bradley_terry_loss(x[0], x[1]), scores)
 
 
-# ---- accuracy and calibration --------------------------------------------------------------------------
+# ---- accuracy and calibration --------------------------------------------------------------------
 
 def test_accuracy_hand_example_ties_count_half():
     assert accuracy(torch.tensor([2.0, -1.0, 0.0, 1.0])) == 0.625
@@ -118,7 +118,7 @@ def test_a_calibrated_model_has_small_error_and_a_boastful_one_large():
     assert calibration_error(honest) < 0.02 < 0.1 < calibration_error(honest * 4)
 
 
-# ---- collecting --------------------------------------------------------------------------------------
+# ---- collecting ----------------------------------------------------------------------------------
 
 def test_no_prompt_is_on_both_sides_of_the_split():
     rng = random.Random(0)
@@ -148,7 +148,7 @@ def test_comparisons_that_do_not_fit_are_dropped_and_counted(capsys):
     assert f"({50 - len(rows)} longer ones dropped)" in capsys.readouterr().out
 
 
-# ---- scores --------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 def test_a_score_does_not_depend_on_padding():
     model = toy_reward_model()
@@ -174,6 +174,17 @@ def test_pairs_are_scored_in_order_chosen_first():
     torch.testing.assert_close(margins, chosen - rejected, atol=1e-5, rtol=0)
 
 
+def test_samples_are_scored_at_their_own_last_token():
+    policy, model, cfg = GPT2.from_pretrained(sft_folder()), toy_reward_model(), reward_config()
+    prompts = [row.prompt for row in ragged_pairs(9)]
+    made = generate(policy, prompts, cfg.max_new_tokens, end_token=END,
+                    generator=random_stream(cfg.seed, 2, 0))
+    rows = [ids[:length].tolist() for ids, length in zip(made.ids, made.lengths)]
+    assert len({len(row) for row in rows}) > 2
+    assert sft_scores(model, policy, prompts, cfg, END).tolist() == pytest.approx(
+        [slow_score(model, row) for row in rows], abs=1e-5)
+
+
 def test_gradient_flows_through_the_end_token_position():
     model, (pair, *_) = toy_reward_model(), ragged_pairs()
     chosen, rejected = score_pairs(model, [pair], END)
@@ -185,7 +196,8 @@ def test_gradient_flows_through_the_end_token_position():
 def test_gradients_are_clipped_after_backward_head_included():
     model = toy_reward_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    *_, norm = train_step(model, optimizer, ragged_pairs(), reward_config(max_grad_norm=0.01), END, "")
+    cfg = reward_config(max_grad_norm=0.01)
+    *_, norm = train_step(model, optimizer, ragged_pairs(), cfg, END, "step 0")
     assert norm > 0.02 and model.score_head.weight.grad.abs().sum() > 0
     assert grad_norm_of(model.parameters()) == pytest.approx(0.01, rel=1e-3)
 
@@ -199,7 +211,7 @@ def test_a_score_that_is_not_finite_stops_the_run():
         train_step(model, optimizer, ragged_pairs(), reward_config(), END, "step 8")
 
 
-# ---- normalisation -------------------------------------------------------------------------------------
+# ---- normalisation -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (3.5, 0.2), (-40.0, 7.0)])
 def test_normalisation_is_exact_and_survives_saving(tmp_path, mean, std):
@@ -215,15 +227,16 @@ def test_normalisation_is_exact_and_survives_saving(tmp_path, mean, std):
     assert torch.equal(after, loaded)
 
 
-# ---- whole runs --------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 def test_the_reward_model_separates_held_out_comparisons():
     last = read_metrics(reward_folder())[-1]
     assert last["held_out_accuracy"] > 0.95 and last["held_out_loss"] < 0.3
-    tokenizer = toy_tokenizer()
-    fresh = [Comparison(encode_prompt(tokenizer, f"Prompt: {row['prompt']}\nResponse:"),
-                        encode_response(tokenizer, row["chosen"]),
-                        encode_response(tokenizer, row["rejected"])) for row in comparisons(100, 77)]
+    tokenizer, fresh = toy_tokenizer(), []
+    for row in comparisons(100, seed=77):
+        fresh.append(Comparison(encode_prompt(tokenizer, f"Prompt: {row['prompt']}\nResponse:"),
+                                encode_response(tokenizer, row["chosen"]),
+                                encode_response(tokenizer, row["rejected"])))
     margins = held_out_margins(ScalarModel.from_pretrained(reward_folder()), fresh, 16, END)
     assert accuracy(margins) > 0.95
 
@@ -233,7 +246,8 @@ def test_the_held_out_figures_are_those_of_the_saved_model():
     rows = quietly(collect, cfg, toy_tokenizer(), 32)
     _, test = split_by_prompt(rows, cfg.held_out)
     margins = held_out_margins(ScalarModel.from_pretrained(reward_folder()), test, 7, END)
-    assert read_metrics(reward_folder())[-1]["held_out_accuracy"] == pytest.approx(accuracy(margins))
+    last = read_metrics(reward_folder())[-1]
+    assert last["held_out_accuracy"] == pytest.approx(accuracy(margins))
 
 
 def test_scores_of_sft_samples_have_mean_0_and_deviation_1():

@@ -37,7 +37,7 @@ def slow_log_probability(model: GPT2, row: Demonstration) -> float:
     return total
 
 
-# ---- the loss ----------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 def test_sft_loss_hand_example():
     logprobs = torch.tensor([[-1.0, -2.0, -9.0]])
@@ -67,7 +67,7 @@ def test_parts_of_a_step_add_up_to_the_step():
     assert torch.isclose(sum(parts), -logprobs[mask].mean())
 
 
-# ---- what it sees ------------------------------------------------------------------------------------
+# ---- what it sees --------------------------------------------------------------------------------
 
 def test_the_mask_holds_the_response_and_its_end_token_only():
     rows = ragged_rows()
@@ -81,7 +81,8 @@ def test_batch_loss_equals_one_token_at_a_time():
     model, rows = toy_model(), ragged_rows()
     count = sum(len(row.response) for row in rows)
     expected = -sum(slow_log_probability(model, row) for row in rows) / count
-    assert batch_loss(model, *make_batch(rows, END), count).item() == pytest.approx(expected, rel=1e-5)
+    found = batch_loss(model, *make_batch(rows, END), count).item()
+    assert found == pytest.approx(expected, rel=1e-5)
     assert evaluate(model, rows, 3, END) == pytest.approx(expected, rel=1e-5)      # 3 + 3 + 1 rows
 
 
@@ -98,7 +99,7 @@ def test_the_end_token_gets_gradient_and_prompt_and_padding_get_none():
     assert logits.grad[0, 3, END] < 0 and logits.grad[1, 1, END] < 0     # descent raises its logit
 
 
-# ---- a step ------------------------------------------------------------------------------------------
+# ---- a step --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("accumulation", [2, 4, 100])
 def test_accumulation_changes_neither_loss_nor_gradient(accumulation):
@@ -109,6 +110,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(accumulation):
         cfg = sft_config(accumulation=parts, max_grad_norm=1e9)
         results.append(train_step(model, optimizer, rows, cfg, END, "step 0"))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert results[0][0] == pytest.approx(evaluate(first, rows, 7, END), rel=1e-5)
     for one, other in zip(first.parameters(), second.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
@@ -116,7 +118,8 @@ def test_accumulation_changes_neither_loss_nor_gradient(accumulation):
 def test_gradients_are_clipped_after_backward():
     model = toy_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    _, norm = train_step(model, optimizer, ragged_rows(), sft_config(max_grad_norm=0.01), END, "step 0")
+    cfg = sft_config(max_grad_norm=0.01)
+    _, norm = train_step(model, optimizer, ragged_rows(), cfg, END, "step 0")
     assert norm > 0.1                                    # what is reported is the norm before
     assert grad_norm_of(model.parameters()) == pytest.approx(0.01, rel=1e-3)
 
@@ -128,7 +131,8 @@ def test_a_step_forgets_the_gradient_of_the_step_before():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         for _ in range(steps):
             train_step(model, optimizer, ragged_rows(), cfg, END, "step 0")
-    assert grad_norm_of(fresh.parameters()) == pytest.approx(grad_norm_of(used.parameters()), rel=1e-5)
+    norms = [grad_norm_of(model.parameters()) for model in (fresh, used)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
@@ -142,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     assert all(torch.equal(value, before[name]) for name, value in model.h.state_dict().items())
 
 
-# ---- whole runs --------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 def test_sft_learns_the_demonstrations():
     folder = sft_folder()
@@ -152,7 +156,7 @@ def test_sft_learns_the_demonstrations():
             for row in demonstrations(50, seed=99)]
     before = evaluate(GPT2.from_pretrained(base_folder()), rows, 16, tokenizer.end_token)
     after = evaluate(model, rows, 16, tokenizer.end_token)
-    assert before > 5 and after < 1.6                    # log 3 for a colour, something for the length
+    assert before > 5 and after < 1.6                    # log 3 for a colour, some for the length
 
 
 def test_metrics_have_a_row_a_step_with_warm_up_and_cosine():
@@ -206,8 +210,10 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(tmp_path, capsys):
     rows = ['{"prompt": "Hi", "response": "red"}'] * 5
     rows += ['{"prompt": "Hi", "response": "' + "red " * 40 + '"}'] * 2
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    sft.main(sft_config(data=str(data), out=str(tmp_path / "out"), examples=0, held_out=1, epochs=1))
-    assert "5 demonstrations of at most 32 tokens (2 longer ones dropped)" in capsys.readouterr().out
+    cfg = sft_config(data=str(data), out=str(tmp_path / "out"), examples=0, held_out=1, epochs=1)
+    sft.main(cfg)
+    text = capsys.readouterr().out
+    assert "5 demonstrations of at most 32 tokens (2 longer ones dropped)" in text
 
 
 def test_a_batch_of_one_and_responses_with_no_room_for_samples_run(tmp_path):
@@ -219,7 +225,8 @@ def test_a_batch_of_one_and_responses_with_no_room_for_samples_run(tmp_path):
 def test_the_last_samples_are_printed_whole(tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "one step at a time", "response": "red"}\n' * 6, encoding="utf-8")
-    sft.main(sft_config(data=str(data), out=str(tmp_path / "out"), examples=0, held_out=4, epochs=1))
+    cfg = sft_config(data=str(data), out=str(tmp_path / "out"), examples=0, held_out=4, epochs=1)
+    sft.main(cfg)
     lines = capsys.readouterr().out.split("\n")
     assert "step 1" in lines and sum(" | Response:" in line for line in lines) == 4
 
