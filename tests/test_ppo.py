@@ -729,8 +729,8 @@ def test_the_token_table_shows_every_token_and_adds_up():
     networks, ref_policy = make_networks(cfg)
     with torch.no_grad():
         networks.policy.ln_f.bias.add_(0.05 * torch.arange(32))
-    batch = rollout(networks, ref_policy, share_of_red, toy_tokenizer(), ragged_prompts(8), cfg, 0.5,
-                    iteration=1)
+    batch = rollout(networks, ref_policy, share_of_red, toy_tokenizer(), ragged_prompts(8), cfg,
+                    0.5, iteration=1)
     for row in range(8):
         lines = token_table(batch, row, toy_tokenizer()).split("\n")
         assert lines[1].split() == ["token", "old_logprobs", "ref_logprobs", "kl_ref", "rewards",
