@@ -316,7 +316,7 @@ def test_an_unknown_schedule_is_refused():
 
 def test_check_finite_names_tensor_value_place_and_index():
     check_finite("loss", torch.tensor([1.0, 2.0]), "step 3")
-    with pytest.raises(FloatingPointError, match=r"^scores is not .* iteration 3, index \[1\]: nan"):
+    with pytest.raises(FloatingPointError, match=r"scores is not .* 3, index \[1\]: nan;"):
         check_finite("scores", torch.tensor([0.0, math.nan]), "iteration 3")
     with pytest.raises(FloatingPointError, match=r"at step 9, index \[1, 0\]: -inf;"):
         check_finite("values", torch.tensor([[0.0, 1.0], [-math.inf, math.nan]]), "step 9")
@@ -353,6 +353,13 @@ def test_a_row_that_is_not_of_the_header_is_a_mistake(row, tmp_path):
     metrics = MetricsFile(str(tmp_path), ["step", "loss"])
     with pytest.raises(AssertionError):
         metrics.write(row)
+
+
+@pytest.mark.parametrize("text", ["step,loss\n1,high\n", "step,loss\n1,2,3\n"])
+def test_metrics_that_are_no_numbers_are_refused_with_their_file(text, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="metrics.csv: expected a number in every cell"):
+        read_metrics(str(tmp_path))
 
 
 def test_infinite_metrics_are_written_as_such(tmp_path):
