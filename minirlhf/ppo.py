@@ -137,7 +137,8 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
     returns = advantages + values
 
     Example: rewards -0.1, -0.2, 1.0, values 0.5, 0.4, 0.6, gamma 1, lam 0.95: delta is -0.2, 0.0,
-    0.4, advantages are 0.161, 0.38, 0.4 and returns 0.661, 0.78, 1.0.
+    0.4, advantages are 0.161, 0.38, 0.4 and returns 0.661, 0.78, 1.0. With lam below 1 and values
+    that are still 0, the first of n tokens gets only (gamma * lam)^(n-1) of the score.
     Source: Schulman et al. 2015 (arXiv 1506.02438), equation 16.
     Lecture: lectures/03-ppo.md, "GAE by hand".
     """
@@ -192,7 +193,7 @@ def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, responses: int,
 
     Example: kl_coef 0.1, kl_ref 9, target 6, 64 responses, horizon 10000: the error 0.5 is cut to
     0.2 and 0.1 becomes 0.1 * (1 + 0.2 * 64 / 10000) = 0.100128.
-    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+    Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py, AdaptiveKLController.
     """
     error = max(-0.2, min(0.2, kl_ref / target - 1))
     return kl_coef * (1 + error * responses / horizon)
@@ -373,7 +374,7 @@ METRICS = ["iteration",      # rollouts before this one
            "gold",           # mean of the gold judge, which nothing optimises; empty without one
            "rewards",        # mean over responses of the sum of a response's rewards
            "kl_ref",         # mean over responses of the sum of kl_ref: nats a response
-           "kl_old",         # KL of the updated policy against its own rollout (k3): nats a token
+           "kl_old",         # KL (k3) of the policy, before each step, against its rollout: a token
            "entropy",        # of the sampling distribution: nats a token
            "clipfrac",       # share of tokens with the ratio outside the clip range
            "ratio_max",      # largest ratio of any token

@@ -37,12 +37,12 @@ from minirlhf.gpt2 import GPT2, GPT2Config, generate
 @dataclass(frozen=True)
 class PretrainConfig:
     """Options of `python -m minirlhf.pretrain`."""
-    text: str = ""                      # text file, documents separated by blank lines; "": the world
+    text: str = ""                      # text file, a blank line between documents; "": the world
     corpus: str = "minirlhf.world:corpus"    # module:function that yields documents, without --text
     characters: int = 60_000_000        # size of the corpus that the function is asked for
     out: str = "checkpoints/tiny"       # folder to write
     tokenizer: str = ""                 # gpt2: GPT-2's own BPE instead of training one on the text
-    vocab_size: int = 2048              # tokens of the BPE, <|endoftext|> included; GPT-2's has 50257
+    vocab_size: int = 2048              # tokens of the BPE that is trained, <|endoftext|> included
     n_embd: int = 96                    # channels C
     n_layer: int = 4                    # layers
     n_head: int = 3                     # attention heads
@@ -100,7 +100,7 @@ def pack(documents: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.nda
 
 def draw_windows(stream: np.ndarray, starts: np.ndarray, rows: int, context: int,
                  generator: torch.Generator) -> torch.Tensor:
-    """`rows` windows of context + 1 tokens; three of four begin where a document begins. (B, T+1)"""
+    """`rows` windows (B, T+1) of context + 1 tokens; three of four begin where a document does."""
     last = len(stream) - context - 1
     at_document = torch.randint(int((starts <= last).sum()), (rows,), generator=generator).numpy()
     anywhere = torch.randint(last + 1, (rows,), generator=generator).numpy()
@@ -141,7 +141,8 @@ def train(model: GPT2, tokenizer: Tokenizer, documents: list[str], cfg: Pretrain
     stream, starts = pack(documents[held_out:], tokenizer)
     test_stream, test_starts = pack(documents[:held_out], tokenizer)
     check(min(len(stream), len(test_stream)) > cfg.context + 1,
-          f"the text has {len(stream) + len(test_stream)} tokens: too few for --context {cfg.context}")
+          f"the text has {len(stream) + len(test_stream)} tokens: too few for --context "
+          f"{cfg.context}")
     optimizer = make_optimizer(model, cfg)
     print(f"{len(documents)} documents, {len(stream) / 1e6:.1f}M tokens of {tokenizer.vocab_size} "
           f"kinds, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {cfg.steps} "
@@ -176,7 +177,8 @@ def train(model: GPT2, tokenizer: Tokenizer, documents: list[str], cfg: Pretrain
                             end_token=tokenizer.end_token, generator=random_stream(0, step))
             left = row["seconds"] / (step + 1) * (cfg.steps - step - 1)
             print(f"step {step + 1:6d}  loss {row['loss']:.3f}  held out {held_out_loss:.3f}  "
-                  f"{left / 60:4.1f} min left | {tokenizer.decode(text.ids[0].tolist())!r}", flush=True)
+                  f"{left / 60:4.1f} min left | {tokenizer.decode(text.ids[0].tolist())!r}",
+                  flush=True)
     return row
 
 

@@ -20,6 +20,8 @@ Choices and deviations:
     file itself gives the normalised scores, in any program that loads it.
  4. Calibration is measured: when the model says 70 %, are 70 of 100 such choices right?
  5. Another `--seed` gives another member of an ensemble: other head, other order.
+ 6. Comparisons are shuffled one by one. InstructGPT keeps all comparisons of a prompt in one batch,
+    because a response that returns in several batches is learned by heart sooner.
 
 Shapes: B comparisons, T tokens in the padded row, C channels.
 Lecture: lectures/02-reward-model.md.

@@ -20,7 +20,8 @@ def config(tmp_path, **options) -> PretrainConfig:
 
 def write_text(tmp_path) -> str:
     path = tmp_path / "text.txt"
-    documents = [f"The number {number} comes after the number {number - 1}." for number in range(60)]
+    documents = [f"The number {number} comes after the number {number - 1}."
+                 for number in range(60)]
     path.write_text("\n\n".join(documents), encoding="utf-8")
     return str(path)
 
