@@ -133,6 +133,12 @@ def test_lam_0_gives_one_step_errors_and_lam_1_reward_to_go_minus_value():
         assert to_go[b][mask[b]].tolist() == pytest.approx([s - x for s, x in zip(sums, v)])
 
 
+def test_with_values_0_the_first_of_n_tokens_gets_gamma_lam_to_the_n_minus_1_of_the_score():
+    mask = torch.ones(1, 5) > 0
+    advantages, _ = gae(double([0, 0, 0, 0, 2]), torch.zeros(1, 5).double(), mask, 0.9, 0.8)
+    assert advantages[0].tolist() == pytest.approx([2 * 0.72 ** n for n in (4, 3, 2, 1, 0)])
+
+
 def test_whiten_and_masked_mean_hand_examples():
     x, mask = double([1, 3, 9]), torch.tensor([[1, 1, 0]])
     assert masked_mean(x, mask).item() == 2
