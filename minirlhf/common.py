@@ -30,6 +30,13 @@ def check_range(config, name: str, low: float, high: float) -> None:
     check(low <= value <= high, f"--{name} is {value}, expected a value from {low} to {high}")
 
 
+def check_output(out: str, *inputs: str) -> None:
+    """Refuse an output folder that a stage also reads: a stopped run would have spoiled it."""
+    for folder in inputs:
+        same = os.path.realpath(out) == os.path.realpath(folder)
+        check(not same, f"--out {out} is the folder that this stage starts from; name another one")
+
+
 def check_choice(config, name: str, choices: tuple) -> None:
     """Check that `config.name` is one of `choices`."""
     value = getattr(config, name)
@@ -188,8 +195,9 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
     value = tensor[tuple(index)].item()
     place = f", index {index}" if index else ""
-    raise FloatingPointError(f"{name} is not finite at {where}{place}: {value}; lower the learning "
-                             "rate and start again from the stage's input checkpoint")
+    raise FloatingPointError(f"{name} is not finite at {where}{place}: {value}; look at the "
+                             "data and the reward, or lower the learning rate, and start again "
+                             "(the stage's input checkpoint is unchanged)")
 
 
 # ---- metrics ------------------------------------------------------------------------------------
@@ -197,12 +205,15 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
 class MetricsFile:
     """`metrics.csv` of a run: one row a step, on disk as soon as it is written.
 
+    Until `finish` it is called metrics.csv.part, so that a run that was stopped does not leave its
+    metrics beside the weights of an earlier one.
+
     Example: file = MetricsFile(folder, ["step", "loss"]); file.write({"step": 1, "loss": 0.5}).
     """
 
     def __init__(self, folder: str, fields: list[str]):
         os.makedirs(folder, exist_ok=True)
-        self.path = os.path.join(folder, "metrics.csv")
+        self.path = os.path.join(folder, "metrics.csv.part")
         self.fields = fields
         with open(self.path, "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow(fields)
@@ -213,6 +224,10 @@ class MetricsFile:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([format_number(value) for value in row.values()])
+
+    def finish(self) -> None:
+        """Give the file its name; nothing is written after it."""
+        os.replace(self.path, self.path.removesuffix(".part"))
 
 
 def format_number(value) -> str:

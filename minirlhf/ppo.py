@@ -40,8 +40,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 
-from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_range,
-                             learning_rate, masked_mean, random_stream, run, whiten)
+from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_output,
+                             check_range, learning_rate, masked_mean, random_stream, run, whiten)
 from minirlhf.data import (Tokenizer, encode_prompt, fit_rows, load_function, read_records,
                            response_mask)
 from minirlhf.gpt2 import (GPT2, ScalarModel, check_tokenizer, find_folder, generate,
@@ -330,21 +330,21 @@ def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: R
     for epoch in range(cfg.epochs):
         order = torch.randperm(B, generator=random_stream(cfg.seed, 2, iteration, epoch))
         for rows in order.split(cfg.minibatch_size):
-            mask = batch.response_mask[rows]                                        # (b, T-1)
+            mask = batch.response_mask[rows]                                        # (B, T-1)
             logprobs, values, entropy = networks(batch.ids[rows], mask, cfg.temperature,
-                                                 entropy_grad=cfg.ent_coef > 0)     # (b, T-1) each
+                                                 entropy_grad=cfg.ent_coef > 0)     # (B, T-1) each
             pg_loss, ratio = policy_loss(logprobs, old_logprobs[rows], batch.advantages[rows], mask,
                                          cfg.cliprange)
             vf_loss = value_loss(values, batch.old_values[rows], batch.returns[rows], mask,
                                  cfg.cliprange_value)
             loss = pg_loss + cfg.vf_coef * vf_loss - cfg.ent_coef * masked_mean(entropy, mask)
             check_finite("loss", loss.detach(), f"iteration {iteration}, step {steps}")
-            moved = ratio.detach()[mask]                                            # (N,)
+            real_ratio = ratio.detach()[mask]                                       # (N,)
             if steps == 0:
-                apart = (moved - 1).abs().max().item()
+                apart = (real_ratio - 1).abs().max().item()
                 check(apart < 1e-2, f"iteration {iteration}: the first ratio is off 1 by "
                       f"{apart:.3g}: policy and rollout disagree before any step was taken")
-            kl_old = (moved - 1 - moved.log()).mean().item()     # k3, never negative
+            kl_old = (real_ratio - 1 - real_ratio.log()).mean().item()     # k3, never negative
             # before the first step kl_old is 0 up to rounding, so an update is never empty
             if steps > 0 and 0 < cfg.kl_old_stop < kl_old:
                 stopped = True
@@ -354,13 +354,13 @@ def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: R
             grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), cfg.max_grad_norm)
             check_finite("gradient norm", grad_norm, f"iteration {iteration}, step {steps}")
             optimizer.step()
-            n = len(moved)
+            n = len(real_ratio)
             tokens, steps, grad_norms = tokens + n, steps + 1, grad_norms + grad_norm.item()
             sums["kl_old"] += kl_old * n
-            sums["clipfrac"] += ((moved - 1).abs() > cfg.cliprange).sum().item()
+            sums["clipfrac"] += ((real_ratio - 1).abs() > cfg.cliprange).sum().item()
             sums["pg_loss"] += pg_loss.item() * n
             sums["vf_loss"] += vf_loss.item() * n
-            ratio_max = max(ratio_max, moved.max().item())
+            ratio_max = max(ratio_max, real_ratio.max().item())
         if stopped:
             break
     means = {name: total / tokens for name, total in sums.items()}
@@ -374,7 +374,7 @@ METRICS = ["iteration",      # rollouts before this one
            "gold",           # mean of the gold judge, which nothing optimises; empty without one
            "rewards",        # mean over responses of the sum of a response's rewards
            "kl_ref",         # mean over responses of the sum of kl_ref: nats a response
-           "kl_old",         # KL (k3) of the policy, before each step, against its rollout: a token
+           "kl_old",         # how far the policy moved from its rollout before a step: nats a token
            "entropy",        # of the sampling distribution: nats a token
            "clipfrac",       # share of tokens with the ratio outside the clip range
            "ratio_max",      # largest ratio of any token
@@ -426,7 +426,7 @@ def token_table(batch: Rollout, row: int, tokenizer: Tokenizer) -> str:
 def collect_prompts(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> list[list[int]]:
     """Prompts as token ids; those that leave no room for a response are dropped and counted."""
     records = read_records(cfg.prompts, "prompts", count=cfg.prompt_count, seed=cfg.seed,
-                           model=cfg.model)
+                           model=find_folder(cfg.model))
     rows = [encode_prompt(tokenizer, record["prompt"]) for record in records]
     kept, too_long = fit_rows(rows, context - cfg.max_new_tokens)
     print(f"{len(kept)} prompts ({too_long} that leave no room for {cfg.max_new_tokens} new tokens "
@@ -462,6 +462,7 @@ def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPO
 
 def main(cfg: PPOConfig) -> dict:
     """Train and save; returns the last row of metrics."""
+    check_output(cfg.out, cfg.model, *cfg.reward.split(","))
     networks, ref_policy = make_networks(cfg)
     policy, tokenizer = networks.policy, Tokenizer.load(find_folder(cfg.model))
     check_tokenizer(policy, tokenizer, cfg.model)
@@ -511,6 +512,7 @@ def main(cfg: PPOConfig) -> dict:
         for model in reward_function.models:
             frozen += model.parameters()
     assert all(p.grad is None for p in frozen), "a frozen network received a gradient"
+    metrics.finish()
     save(networks, tokenizer, samples, cfg)
     return row
 

@@ -179,6 +179,7 @@ def train(model: GPT2, tokenizer: Tokenizer, documents: list[str], cfg: Pretrain
             print(f"step {step + 1:6d}  loss {row['loss']:.3f}  held out {held_out_loss:.3f}  "
                   f"{left / 60:4.1f} min left | {tokenizer.decode(text.ids[0].tolist())!r}",
                   flush=True)
+    metrics.finish()
     return row
 
 

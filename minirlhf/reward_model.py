@@ -27,13 +27,14 @@ Shapes: B comparisons, T tokens in the padded row, C channels.
 Lecture: lectures/02-reward-model.md.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate,
-                             random_stream, run)
+from minirlhf.common import (MetricsFile, check, check_finite, check_output, check_range,
+                             learning_rate, random_stream, run)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records)
 from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, find_folder, generate
 
@@ -124,7 +125,7 @@ class Comparison:
 def collect(cfg: RewardModelConfig, tokenizer: Tokenizer, limit: int) -> list[Comparison]:
     """Read, tokenize and bound the comparisons; what does not fit is dropped and counted."""
     records = read_records(cfg.data, "comparisons", count=cfg.comparisons, seed=cfg.seed,
-                           model=cfg.model)
+                           model=find_folder(cfg.model))
     rows = []
     for record in records:
         rows.append(Comparison(encode_prompt(tokenizer, record["prompt"]),
@@ -210,6 +211,8 @@ def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
     A score is w . h, with h the output of the last layer norm. Dividing w by std scales it. There
     is no bias to shift it with (published scalar heads have none), but adding a multiple of w to
     the layer norm's bias adds the same constant to every w . h: that is the shift.
+    careful: margins are divided by std too, so afterwards sigmoid(margin) is no longer the
+    probability whose calibration was measured.
     """
     weight = model.score_head.weight.data[0]                                        # (C,)
     weight /= std
@@ -222,6 +225,7 @@ def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
 def main(cfg: RewardModelConfig) -> dict:
     """Train, normalise and save; returns the last row of metrics with the held-out figures."""
     folder = find_folder(cfg.model)
+    check_output(cfg.out, folder)
     policy, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
     check_tokenizer(policy, tokenizer, folder)
     rows = collect(cfg, tokenizer, policy.config.n_positions)
@@ -237,7 +241,7 @@ def main(cfg: RewardModelConfig) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     metrics = MetricsFile(cfg.out, ["step", "loss", "accuracy", "held_out_loss",
                                     "held_out_accuracy", "calibration_error", "grad_norm", "lr"])
-    total_steps = cfg.epochs * -(-len(train) // cfg.batch_size)
+    total_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     print(f"reward model: {len(train)} comparisons x {cfg.epochs} epochs = {total_steps} steps; "
           f"{len(test)} held out", flush=True)
     step = 0
@@ -272,6 +276,7 @@ def main(cfg: RewardModelConfig) -> dict:
     print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation "
           f"{scores.std():.2f}, now 0 and 1", flush=True)
     tokenizer.save(cfg.out, policy.config.n_positions)
+    metrics.finish()
     model.save_pretrained(cfg.out)
     return row
 

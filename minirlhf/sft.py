@@ -24,13 +24,14 @@ Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
 Lecture: lectures/01-sft.md.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 
-from minirlhf.common import (MetricsFile, check, check_finite, check_range, learning_rate,
-                             random_stream, run)
+from minirlhf.common import (MetricsFile, check, check_finite, check_output, check_range,
+                             learning_rate, random_stream, run)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records,
                            response_mask)
 from minirlhf.gpt2 import GPT2, check_tokenizer, find_folder, generate, token_logprobs
@@ -130,7 +131,7 @@ def train_step(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[Demons
                cfg: SFTConfig, end_token: int, where: str) -> tuple[float, float]:
     """One optimiser step on `rows`; returns loss and gradient norm."""
     token_count = sum(len(row.response) for row in rows)
-    part = -(-len(rows) // cfg.accumulation)             # rows in each part, rounded up
+    part = math.ceil(len(rows) / cfg.accumulation)       # rows in each part
     total = 0.0
     optimizer.zero_grad()
     for first in range(0, len(rows), part):
@@ -175,6 +176,7 @@ def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer,
 def main(cfg: SFTConfig) -> dict:
     """Fine-tune and save; returns the last row of metrics."""
     folder = find_folder(cfg.model)
+    check_output(cfg.out, folder)
     policy, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
     check_tokenizer(policy, tokenizer, folder)
     limit = policy.config.n_positions
@@ -185,7 +187,7 @@ def main(cfg: SFTConfig) -> dict:
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     metrics = MetricsFile(cfg.out, ["step", "loss", "held_out_loss", "grad_norm", "lr"])
-    total_steps = cfg.epochs * -(-len(train) // cfg.batch_size)
+    total_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     before = evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token)
     print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
           f"held-out loss before {before:.3f}", flush=True)
@@ -213,6 +215,7 @@ def main(cfg: SFTConfig) -> dict:
     print("".join(samples[-1:]), end="", flush=True)
     tokenizer.save(cfg.out, policy.config.n_positions)
     write_atomically(os.path.join(cfg.out, "samples.txt"), "".join(samples).encode("utf-8"))
+    metrics.finish()
     policy.save_pretrained(cfg.out)
     return row
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_range, describe,
-                             field_comments, learning_rate, masked_mean, parse_config,
-                             random_stream, read_metrics, run, whiten)
+from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_output,
+                             check_range, describe, field_comments, learning_rate, masked_mean,
+                             parse_config, random_stream, read_metrics, run, whiten)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -329,6 +329,7 @@ def test_metrics_come_back_as_they_were_written(tmp_path):
     metrics = MetricsFile(folder, ["step", "loss", "gold"])
     metrics.write({"step": 1, "loss": 0.123456789, "gold": ""})
     metrics.write({"step": 2, "loss": 1e-12, "gold": -3.5})
+    metrics.finish()
     assert read_metrics(folder) == [{"step": 1, "loss": 0.1234568},
                                     {"step": 2, "loss": 1e-12, "gold": -3.5}]
     text = (tmp_path / "new" / "folder" / "metrics.csv").read_bytes()
@@ -339,13 +340,24 @@ def test_every_row_is_on_disk_before_the_next(tmp_path):
     metrics = MetricsFile(str(tmp_path), ["step"])
     for step in range(3):
         metrics.write({"step": step})
-        assert len(read_metrics(str(tmp_path))) == step + 1
+        assert (tmp_path / "metrics.csv.part").read_bytes().count(b"\n") == step + 2
 
 
-def test_a_new_run_starts_its_metrics_anew(tmp_path):
-    MetricsFile(str(tmp_path), ["step"]).write({"step": 1})
-    MetricsFile(str(tmp_path), ["step", "loss"])
-    assert read_metrics(str(tmp_path)) == []
+def test_a_run_that_does_not_finish_leaves_the_metrics_of_the_last_that_did(tmp_path):
+    first = MetricsFile(str(tmp_path), ["step"])
+    first.write({"step": 1})
+    first.finish()
+    MetricsFile(str(tmp_path), ["step", "loss"]).write({"step": 7, "loss": 2.0})
+    assert read_metrics(str(tmp_path)) == [{"step": 1}]
+    second = MetricsFile(str(tmp_path), ["step", "loss"])
+    second.finish()
+    assert read_metrics(str(tmp_path)) == [] and os.listdir(tmp_path) == ["metrics.csv"]
+
+
+def test_a_stage_does_not_write_into_the_folder_that_it_reads(tmp_path):
+    check_output(str(tmp_path / "out"), str(tmp_path / "in"))
+    with pytest.raises(ValueError, match="the folder that this stage starts from"):
+        check_output(str(tmp_path / "a" / ".." / "in"), str(tmp_path), str(tmp_path / "in"))
 
 
 @pytest.mark.parametrize("row", [{"step": 1}, {"loss": 1.0, "step": 1}, {"step": 1, "los": 2.0}])
@@ -363,6 +375,8 @@ def test_metrics_that_are_no_numbers_are_refused_with_their_file(text, tmp_path)
 
 
 def test_infinite_metrics_are_written_as_such(tmp_path):
-    MetricsFile(str(tmp_path), ["loss", "kl_ref"]).write({"loss": math.nan, "kl_ref": -math.inf})
+    metrics = MetricsFile(str(tmp_path), ["loss", "kl_ref"])
+    metrics.write({"loss": math.nan, "kl_ref": -math.inf})
+    metrics.finish()
     (row,) = read_metrics(str(tmp_path))
     assert math.isnan(row["loss"]) and row["kl_ref"] == -math.inf

@@ -48,6 +48,7 @@ def write_records(folder: str, name: str, records: list[dict]) -> None:
 
 
 def main() -> None:
+    """Parse the options, show the samples, write the files."""
     parser = argparse.ArgumentParser(prog="python -m minirlhf.world",
                                      description="Show samples of the text world.")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
