@@ -15,6 +15,7 @@ def write_metrics(folder, rows: list[dict]) -> str:
     metrics = MetricsFile(str(folder), list(rows[0]))
     for row in rows:
         metrics.write(row)
+    metrics.finish()
     return str(folder)
 
 
@@ -87,7 +88,7 @@ def test_bad_folders_are_refused_and_the_old_picture_stays(tmp_path):
         training_curves(str(tmp_path / "nothing"), str(path))
     with pytest.raises(ValueError, match="another stage"):
         training_curves(sft_run(tmp_path / "sft"), str(path))
-    MetricsFile(str(tmp_path / "empty"), METRICS)
+    MetricsFile(str(tmp_path / "empty"), METRICS).finish()
     with pytest.raises(ValueError, match="at least one row"):
         training_curves(str(tmp_path / "empty"), str(path))
     assert path.read_bytes() == b"old"
