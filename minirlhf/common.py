@@ -32,6 +32,7 @@ def check_range(config, name: str, low: float, high: float) -> None:
 
 def check_output(out: str, *inputs: str) -> None:
     """Refuse an output folder that a stage also reads: a stopped run would have spoiled it."""
+    check(bool(out.strip()), "--out is empty, expected the name of a folder")
     for folder in inputs:
         same = os.path.realpath(out) == os.path.realpath(folder)
         check(not same, f"--out {out} is the folder that this stage starts from; name another one")
@@ -75,7 +76,14 @@ def under_debugger() -> bool:
     """Whether somebody steps through this process; new debuggers leave no trace function."""
     monitoring = getattr(sys, "monitoring", None)        # Python 3.12 and later
     watched = monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
-    return watched or sys.gettrace() is not None
+    if watched or sys.gettrace() is not None:
+        return True
+    frame = sys._getframe()                              # `c` in pdb removes its trace function,
+    while frame is not None:                             # but pdb still waits further up the stack
+        if frame.f_globals.get("__name__") == "bdb":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -381,6 +381,8 @@ def read_records(source: str, kind: str, *, count: int = 0, seed: int = 0,
     check(kind in FIELDS, f"kind is {kind!r}, expected one of {', '.join(FIELDS)}")
     records = Records()
     if ":" in source and not os.path.exists(source):
+        check(count > 0, f"{source}: a function is asked for a number of records; 0, which means "
+              "all, is for files only")
         rows = load_function(source)(count=count, seed=seed, model=model)
         check(isinstance(rows, list), f"{source}: expected a list of records, found {short(rows)}")
         for number, row in enumerate(rows, start=1):

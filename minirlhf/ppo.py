@@ -1,7 +1,7 @@
 """Stage 3, PPO: improve the SFT policy against the reward model, one token at a time.
 
     python -m minirlhf.ppo
-    python -m minirlhf.ppo --reward my_module:my_reward --prompts prompts.jsonl --kl_coef 0.05
+    python -m minirlhf.ppo --reward my_module:my_reward --prompts prompts.jsonl --gold ""
 
 In:  an SFT folder (start of the policy, and the frozen reference), a reward: reward-model folders
      or a Python function, and prompts. Out: a checkpoint folder with the policy, its critic,
@@ -437,7 +437,7 @@ def collect_prompts(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> list[
 
 
 def draw_prompts(prompts: list[list[int]], cfg: PPOConfig, iteration: int) -> list[list[int]]:
-    """The iteration's prompts: all are used once before any comes again."""
+    """The iteration's prompts: as many whole batches as there are, then a new shuffle."""
     per_pass = len(prompts) // cfg.batch_size
     generator = random_stream(cfg.seed, 0, iteration // per_pass)
     order = torch.randperm(len(prompts), generator=generator)
@@ -462,13 +462,17 @@ def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPO
 
 def main(cfg: PPOConfig) -> dict:
     """Train and save; returns the last row of metrics."""
-    check_output(cfg.out, cfg.model, *cfg.reward.split(","))
+    check_output(cfg.out, find_folder(cfg.model), *cfg.reward.split(","))
     networks, ref_policy = make_networks(cfg)
     policy, tokenizer = networks.policy, Tokenizer.load(find_folder(cfg.model))
     check_tokenizer(policy, tokenizer, cfg.model)
     reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer)
     gold_function = load_function(cfg.gold) if cfg.gold else None
     prompts = collect_prompts(cfg, tokenizer, policy.config.n_positions)
+    if gold_function is not None:                        # refuse prompts that it cannot judge now
+        ids = torch.tensor([prompts[0] + [tokenizer.end_token]])                    # (1, T)
+        length = torch.tensor([ids.shape[1]])                                       # (1,)
+        gold_function(ids, length - 1, length, tokenizer)
 
     policy_parameters = set(policy.parameters())
     critic_parameters = [p for p in networks.parameters() if p not in policy_parameters]

@@ -68,6 +68,9 @@ class PretrainConfig:
         check_range(self, "weight_decay", 0, 10)
         check_range(self, "warmup_steps", 0, 10**9)
         check_range(self, "threads", 0, 1024)
+        default = os.path.normpath(self.out) == os.path.normpath("checkpoints/tiny")
+        check(not (self.text and default), "--text with --out checkpoints/tiny would replace the "
+              "shipped base model; name another folder by --out")
 
 
 # ---- the text as one stream of tokens ------------------------------------------------------------
@@ -77,7 +80,10 @@ def read_documents(cfg: PretrainConfig) -> list[str]:
     if not cfg.text:
         return list(load_function(cfg.corpus)(cfg.characters, cfg.seed))
     with open(cfg.text, encoding="utf-8") as file:
-        documents = [block.strip() for block in file.read().split("\n\n")]
+        try:
+            documents = [block.strip() for block in file.read().split("\n\n")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{cfg.text}: not UTF-8 text at byte {error.start}") from None
     documents = [document for document in documents if document]
     check(len(documents) >= 20, f"{cfg.text}: {len(documents)} documents separated by blank lines, "
           "expected at least 20")

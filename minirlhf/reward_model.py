@@ -235,7 +235,7 @@ def main(cfg: RewardModelConfig) -> dict:
     check(len(prompts) > 0, f"no prompt leaves room for {cfg.max_new_tokens} new tokens; lower "
           "--max_new_tokens")
 
-    torch.manual_seed(cfg.seed)                          # the random head
+    torch.manual_seed(cfg.seed % 2**63)                  # the random head
     model = ScalarModel(policy.config)
     model.transformer.load_state_dict(policy.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)

@@ -19,6 +19,8 @@ Choices and deviations:
  3. InstructGPT trained 16 epochs with dropout; here 2 or 3 epochs without. A high rate or many
     epochs make a small model forget what the base knew.
  4. Rows longer than the context are dropped and counted, never cut: a cut row has no end token.
+ 5. The held-out loss is over demonstrations that were put aside, not over new prompts: another
+    demonstration may have asked the same. Prompts that no stage has seen belong to `evaluate`.
 
 Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
 Lecture: lectures/01-sft.md.
@@ -211,8 +213,8 @@ def main(cfg: SFTConfig) -> dict:
                       f"held out {row['held_out_loss']:.3f}", flush=True)
                 if samplable:
                     samples.append(write_samples(policy, samplable, tokenizer, cfg, step))
+                    print(samples[-1], end="", flush=True)
             metrics.write(row)
-    print("".join(samples[-1:]), end="", flush=True)
     tokenizer.save(cfg.out, policy.config.n_positions)
     write_atomically(os.path.join(cfg.out, "samples.txt"), "".join(samples).encode("utf-8"))
     metrics.finish()

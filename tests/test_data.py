@@ -467,8 +467,8 @@ def test_a_function_is_named_by_module_and_name():
     records = read_records(f"{__name__}:make_records", "prompts", count=2, seed=7, model="m")
     assert records == [{"prompt": f"Prompt: 7 {number} m\nResponse:"} for number in (0, 1)]
     with pytest.raises(ValueError, match="make_bad_records: record 2: expected text as 'response'"):
-        read_records(f"{__name__}:make_bad_records", "demonstrations")
-    with pytest.raises(ValueError, match="expected records, found none"):
+        read_records(f"{__name__}:make_bad_records", "demonstrations", count=2)
+    with pytest.raises(ValueError, match="0, which means all, is for files only"):
         read_records(f"{__name__}:make_records", "demonstrations", count=0)
 
 

@@ -50,6 +50,12 @@ def test_kl_ref_of_the_reference_itself_is_zero(report_folder):
     assert abs(read_report(report_folder)["kl_ref"]["sft"]) < 1e-4
 
 
+def test_the_control_is_another_set_of_answers_of_sft_against_sft(report_folder):
+    control = read_report(report_folder)["control"]
+    # the same answers twice would give exactly 0.5 for every prompt, another policy far from it
+    assert control["low"] < control["high"] and abs(control["mean"] - 0.5) < 0.2
+
+
 def test_every_stage_leaves_its_folder_and_the_run_its_picture(report_folder):
     for name in ("sft", "reward_model", "reward_model_2", "ppo"):
         for file in ("model.safetensors", "config.json", "vocab.json", "merges.txt", "metrics.csv"):

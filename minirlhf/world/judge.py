@@ -109,7 +109,8 @@ def find_entity(prompt: str) -> Entity:
     entity = ENTITY_OF.get(_key(prompt))
     if entity is None:
         raise ValueError("the gold judge knows only the prompts of the text world, found "
-                         f"{prompt!r}; for other prompts leave it out (in ppo: --gold \"\")")
+                         f"{prompt!r}; for other prompts use another judge (ppo --gold \"\", "
+                         "evaluate --judge)")
     return entity
 
 
