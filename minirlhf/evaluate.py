@@ -365,6 +365,12 @@ def compare_by_person(cfg: EvaluateConfig, policies: dict[str, GPT2], tokenizer:
         result["win_rate"] = interval(rates, cfg.seed)
     print(f"{len(rates)} of {len(questions)} pairs judged; b ({cfg.b}) wins "
           f"{cell(result.get('win_rate')) or 'unknown'} over a ({cfg.a})")
+    for name, drawn in (("a", a), ("b", b)):             # after the verdicts: judging stays blind
+        figures = {}
+        if "ref" in policies:
+            figures["kl_ref"] = kl_to_reference(policies[name], policies["ref"], drawn)
+        result[name] = describe(drawn, figures, seed=cfg.seed)
+    print(table({f"a = {cfg.a}": result["a"], f"b = {cfg.b}": result["b"]}))
     return result
 
 

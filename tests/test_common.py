@@ -380,3 +380,16 @@ def test_infinite_metrics_are_written_as_such(tmp_path):
     metrics.finish()
     (row,) = read_metrics(str(tmp_path))
     assert math.isnan(row["loss"]) and row["kl_ref"] == -math.inf
+
+
+def test_pdb_keeps_the_locals_of_an_error_even_after_continue(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from dataclasses import dataclass\nfrom minirlhf.common import run\n"
+                      "@dataclass(frozen=True)\nclass Config:\n    seed: int = 0  # a seed\n"
+                      "def main(cfg):\n    answer = 6 * 7\n    raise ValueError('stop here')\n"
+                      "run(main, Config)\n", encoding="utf-8")
+    words = [sys.executable, "-m", "pdb", "-c", "continue", "-c", "p 'answer', answer", "-c", "q",
+             str(script)]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", input="q\n", timeout=100,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert "('answer', 42)" in done.stdout, done.stdout + done.stderr

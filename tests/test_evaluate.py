@@ -505,6 +505,9 @@ def test_person_judges_through_a_pipe_and_resumes(tmp_path, monkeypatch):
     points = [{"a": 0, "tie": 0.5, "b": 1}[json.loads(line)["verdict"]] for line in lines]
     assert written["win_rate"]["mean"] == pytest.approx(sum(points) / 6)
     assert written["judged"] == result["judged"] == 6 and len(asked) == 4
+    for name in "ab":
+        assert {"kl_ref", "length", "distinct", "end_rate"} <= set(written[name])
+    assert "kl_ref" in first.stdout and "kl_ref" not in first.stdout.split("pairs judged")[0]
 
 
 def test_person_who_quits_at_once_gets_no_win_rate(tmp_path, monkeypatch):

@@ -940,3 +940,10 @@ def test_prompts_that_leave_no_room_are_dropped_and_counted(tmp_path, capsys):
     assert "8 prompts (3 that leave no room for 5 new tokens" in capsys.readouterr().out
     with pytest.raises(ValueError, match="8 prompts, expected at least the --batch_size of 9"):
         quietly(ppo.main, ppo_config(prompts=str(data), out=str(tmp_path / "out"), batch_size=9))
+
+
+def test_prompts_that_the_gold_judge_cannot_read_are_refused_before_anything_is_trained(tmp_path):
+    cfg = ppo_config(out=str(tmp_path / "out"), gold="minirlhf.world:gold_reward")
+    with pytest.raises(ValueError, match="gold judge knows only the prompts of the text world"):
+        quietly(ppo.main, cfg)
+    assert not (tmp_path / "out").exists()

@@ -85,3 +85,9 @@ def test_a_text_that_is_too_small_is_refused(tmp_path):
         pretrain.main(config(tmp_path, text=str(tmp_path / "small.txt")))
     with pytest.raises(ValueError, match="too few for --context"):
         pretrain.main(config(tmp_path, context=500))
+
+
+def test_a_text_does_not_replace_the_shipped_base(tmp_path):
+    with pytest.raises(ValueError, match="would replace the shipped base model"):
+        pretrain.PretrainConfig(text="book.txt")
+    pretrain.PretrainConfig(text="book.txt", out=str(tmp_path))
