@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, fields
 
 from minirlhf import ppo, reward_model, sft
 from minirlhf.common import check_range, run
-from minirlhf.evaluate import (answers_of, cell, describe, gold_figures, judge_answers,
-                               kl_to_reference, load_policy, read_prompts, side_by_side, table)
+from minirlhf.evaluate import (cell, describe, gold_figures, judge_answers, kl_to_reference,
+                               load_policy, read_prompts, sample_answers, side_by_side, table)
 from minirlhf.plots import pipeline_picture
 from minirlhf.rewards import load_reward
 from minirlhf.weights import write_atomically, write_json
@@ -129,11 +129,11 @@ def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
                               ref_policy.config.n_positions - 32)
     answers, figures = {}, {}
     for stream, (name, folder) in enumerate(folders.items()):
-        answers[name] = answers_of(folder, tokenizer, prompts, plan.answers, seed=cfg.seed,
-                                   stream=stream)
+        policy, _ = load_policy(folder, tokenizer)
+        answers[name] = sample_answers(policy, tokenizer, prompts, plan.answers, seed=cfg.seed,
+                                       stream=stream)
         figures[name] = gold_figures(answers[name])
         if name != "SFT again":                          # the control is of the gold judge alone
-            policy, _ = load_policy(folder)
             figures[name]["score"] = judge_answers(answers[name], reward_function, tokenizer)
             figures[name]["kl_ref"] = kl_to_reference(policy, ref_policy, answers[name])
         print(f"  {name}: {answers[name].lengths.size} answers", flush=True)
