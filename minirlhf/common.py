@@ -100,11 +100,19 @@ def describe(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop, and its state was saved; `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 def run(main, config_class) -> None:
     """Entry of every command: parse, run `main(config)`, turn expected errors into one sentence.
 
-    Exit code 2 for bad input (one line on stderr, no traceback), 130 for Ctrl-C. Under a debugger
-    the exception is left alone, so that its locals can be looked at.
+    Exit code 2 for bad input (one line on stderr, no traceback), 130 for Ctrl-C, 143 for SIGTERM.
+    Under a debugger the exception is left alone, so that its locals can be looked at.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -117,11 +125,11 @@ def run(main, config_class) -> None:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if under_debugger():
             raise
-        print("stopped by Ctrl-C", file=sys.stderr)
-        raise SystemExit(130) from None
+        print(str(error) or "stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(128 + getattr(error, "signal", 2)) from None
 
 
 # ---- randomness --------------------------------------------------------------------------------
@@ -141,18 +149,32 @@ def random_stream(seed: int, *counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
+def batch_order(total: int, batch_size: int, seed: int, step: int) -> torch.Tensor:
+    """Row numbers (B,) of the batch at `step`: every row once in each epoch, in shuffled order.
+
+    The last batch of an epoch is smaller when `batch_size` does not divide `total`.
+    Example: 10 rows in batches of 4: steps 0, 1, 2 have 4, 4 and 2 rows; step 3 begins epoch 1.
+    """
+    epoch, position = divmod(step, math.ceil(total / batch_size))
+    order = torch.randperm(total, generator=random_stream(seed, 0, epoch))          # (total,)
+    return order[position * batch_size:(position + 1) * batch_size]
+
+
 # ---- masked statistics --------------------------------------------------------------------------
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: torch.Tensor, mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
     """Mean of `x` where `mask` is 1, over the whole tensor: a 0-dimensional tensor.
 
-    An empty mask gives nan, which `check_finite` stops.
+    With `count` the sum is divided by that: when `x` is a part of a step (of several that are
+    computed one after another, or by several processes) and `count` the number of entries in the
+    whole step, the parts' means add up to the mean of the step. An empty mask gives nan, which
+    `check_finite` stops.
 
-    Example: masked_mean([1., 3., 9.], [1, 1, 0]) == 2.
+    Example: masked_mean([1., 3., 9.], [1, 1, 0]) == 2, with count 4 it is 1.
     """
     # careful: a product with the mask would let inf or nan at masked entries through
     kept = torch.where(mask > 0, x, torch.zeros_like(x))
-    return kept.sum() / (mask > 0).sum()
+    return kept.sum() / ((mask > 0).sum() if count is None else count)
 
 
 def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -192,9 +214,11 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int,
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+def check_finite(name: str, tensor: torch.Tensor, where: str,
+                 rows: torch.Tensor | None = None) -> None:
     """Stop with `FloatingPointError` at the first value that is nan or inf, naming what and where.
 
+    `rows` are the numbers in the batch of the tensor's rows, when it holds a part of them.
     Example: check_finite("scores", tensor([0., nan]), "iteration 3") says "scores is not finite
     at iteration 3, index [1]: nan; ...".
     """
@@ -202,40 +226,89 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
         return
     index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
     value = tensor[tuple(index)].item()
+    if rows is not None:
+        index[0] = int(rows[index[0]])
     place = f", index {index}" if index else ""
     raise FloatingPointError(f"{name} is not finite at {where}{place}: {value}; look at the "
-                             "data and the reward, or lower the learning rate, and start again "
-                             "(the stage's input checkpoint is unchanged)")
+                             "data and the reward, or lower the learning rate, and start again")
+
+
+def clip_gradients(networks: torch.nn.Module, max_norm: float, where: str) -> float:
+    """Scale the gradients of all parameters so that their joint norm is at most `max_norm`.
+
+    Returns the norm before. Raises: `FloatingPointError` naming the first gradient that is not
+    finite.
+    """
+    try:
+        norm = torch.nn.utils.clip_grad_norm_(networks.parameters(), max_norm,
+                                              error_if_nonfinite=True)
+    except RuntimeError:
+        for name, parameter in networks.named_parameters():
+            if parameter.grad is not None:
+                check_finite(f"gradient of {name}", parameter.grad, where)
+        raise FloatingPointError(f"gradient norm overflows at {where}; lower the learning "
+                                 "rate") from None
+    return norm.item()
 
 
 # ---- metrics ------------------------------------------------------------------------------------
 
-class MetricsFile:
-    """`metrics.csv` of a run: one row a step, on disk as soon as it is written.
+class PartFile:
+    """A text file that grows during a run, called <name>.part until the run is finished.
 
-    Until `finish` it is called metrics.csv.part, so that a run that was stopped does not leave its
-    metrics beside the weights of an earlier one.
-
-    Example: file = MetricsFile(folder, ["step", "loss"]); file.write({"step": 1, "loss": 0.5}).
+    So a run that was stopped does not leave its metrics beside the weights of an earlier one.
+    `keep` is how many bytes of an interrupted run's file are gone on with; what came after them
+    was written after the run's last checkpoint, and is written again.
     """
 
-    def __init__(self, folder: str, fields: list[str]):
+    def __init__(self, folder: str, name: str, keep: int = 0):
         os.makedirs(folder, exist_ok=True)
-        self.path = os.path.join(folder, "metrics.csv.part")
-        self.fields = fields
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(fields)
+        self.path = os.path.join(folder, name + ".part")
+        if keep == 0:
+            open(self.path, "wb").close()
+            return
+        found = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        check(found >= keep, f"{self.path} has {found} bytes, at the last checkpoint it had "
+              f"{keep}: it was changed since; put it back, or start over in another folder")
+        with open(self.path, "rb+") as file:
+            file.truncate(keep)
 
-    def write(self, row: dict) -> None:
-        """Append one row; the keys must be exactly the fields, a value "" is an empty cell."""
-        assert list(row) == self.fields, (list(row), self.fields)
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([format_number(value) for value in row.values()])
+    def append(self, text: str) -> None:
+        """Append `text`; it is in the file when this returns."""
+        try:
+            with open(self.path, "ab") as file:
+                file.write(text.encode("utf-8"))
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} could not be written ({error.strerror}): free "
+                          "some space, then go on from the last checkpoint") from None
+
+    def sync(self) -> int:
+        """Wait until the disk has all of it; returns the file's size in bytes."""
+        with open(self.path, "rb+") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
 
     def finish(self) -> None:
         """Give the file its name; nothing is written after it."""
         os.replace(self.path, self.path.removesuffix(".part"))
+
+
+class MetricsFile(PartFile):
+    """`metrics.csv` of a run: one row a step, on disk as soon as it is written.
+
+    Example: file = MetricsFile(folder, ["step", "loss"]); file.write({"step": 1, "loss": 0.5}).
+    """
+
+    def __init__(self, folder: str, fields: list[str], keep: int = 0):
+        super().__init__(folder, "metrics.csv", keep)
+        self.fields = fields
+        if keep == 0:
+            self.append(",".join(fields) + "\n")
+
+    def write(self, row: dict) -> None:
+        """Append one row; the keys must be exactly the fields, a value "" is an empty cell."""
+        assert list(row) == self.fields, (list(row), self.fields)
+        self.append(",".join(format_number(value) for value in row.values()) + "\n")
 
 
 def format_number(value) -> str:

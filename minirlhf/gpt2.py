@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minirlhf.common import check, check_finite, check_range, random_stream, run
 from minirlhf.weights import (PUBLISHED_NAMES, download_published, read_json, read_weights,
@@ -126,6 +127,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
+        self.checkpointing = False       # True: backward repeats each layer's forward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)        # also the unembedding
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -146,7 +148,10 @@ class GPT2(nn.Module):
             positions = cache.begin(ids.shape[1])                        # (T,) or (B, 1)
         x = self.wte(ids) + self.wpe(positions)                          # (B, T, C)
         for block in self.h:
-            x = block(x, cache)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cache, use_reentrant=False)     # (B, T, C)
+            else:
+                x = block(x, cache)                                      # (B, T, C)
         return self.ln_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -264,6 +269,62 @@ def behaviour_logprobs(logits: torch.Tensor, temperature: float = 1.0) -> torch.
     return F.log_softmax(logits / temperature, dim=-1)
 
 
+def plain_action_logprobs(states: torch.Tensor, unembedding: torch.Tensor, actions: torch.Tensor,
+                          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each action and entropy of its distribution, written plainly.
+
+    states (N, C), unembedding (V, C), actions (N,) -> chosen (N,), spread (N,), both in nats.
+    """
+    everything = behaviour_logprobs(F.linear(states, unembedding), temperature)     # (N, V)
+    chosen = everything.gather(1, actions[:, None]).squeeze(1)           # (N,)
+    spread = -(everything.exp() * everything).sum(dim=1)                 # (N,)
+    return chosen, spread
+
+
+class ActionLogprobs(torch.autograd.Function):
+    """`plain_action_logprobs` with one (N, V) tensor; the plain form has up to five at a time.
+
+    For GPT-2's vocabulary these tensors are the largest of all, and little is computed on them but
+    memory is moved. So logits, probabilities and gradient take turns in one tensor, which
+    log-softmax passes through in blocks of a few rows. The gradient of one log-probability with
+    respect to the logits is (1 at the action, 0 elsewhere) - probabilities, over the temperature;
+    the entropy has none here.
+    """
+
+    BLOCK = 1 << 20                     # numbers in a block: it stays in the processor's cache
+
+    @staticmethod
+    def forward(ctx, states, unembedding, actions, temperature):
+        table = F.linear(states, unembedding)                            # (N, V) logits
+        N, V = table.shape
+        number = torch.promote_types(table.dtype, torch.float32)
+        chosen = torch.empty(N, dtype=number, device=table.device)       # (N,)
+        spread = torch.empty(N, dtype=number, device=table.device)       # (N,)
+        step = max(1, ActionLogprobs.BLOCK // V)
+        for first in range(0, N, step):
+            rows = slice(first, first + step)
+            everything = behaviour_logprobs(table[rows], temperature)    # (step, V)
+            chosen[rows] = everything.gather(1, actions[rows, None]).squeeze(1)
+            probabilities = everything.exp()                             # (step, V)
+            spread[rows] = -(probabilities * everything).sum(dim=1)
+            table[rows] = probabilities                                  # the logits are used up
+        ctx.save_for_backward(states, unembedding, actions)
+        ctx.table, ctx.temperature = table, temperature
+        ctx.mark_non_differentiable(spread)
+        return chosen, spread
+
+    @staticmethod
+    def backward(ctx, grad_chosen, _):
+        states, unembedding, actions = ctx.saved_tensors
+        table, ctx.table = ctx.table, None                               # (N, V) probabilities
+        assert table is not None, "ActionLogprobs: backward was called twice"
+        scale = (grad_chosen / ctx.temperature).to(table.dtype)[:, None]     # (N, 1)
+        table.mul_(-scale).scatter_add_(1, actions[:, None], scale)      # (N, V) now the gradient
+        grad_states = (table @ unembedding.to(table.dtype)).to(states.dtype)         # (N, C)
+        grad_unembedding = (table.T @ states.to(table.dtype)).to(unembedding.dtype)  # (V, C)
+        return grad_states, grad_unembedding, None, None
+
+
 def token_logprobs(hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
                    unembedding: torch.Tensor, temperature: float = 1.0,
                    entropy_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,7 +333,7 @@ def token_logprobs(hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
     hidden (B, T, C), ids (B, T), mask (B, T-1) bool, unembedding (V, C)
     -> logprobs (B, T-1) and entropy (B, T-1) in nats, both 0 outside the mask.
     Logits are made for masked positions only: prompts and padding cost nothing. The entropy has a
-    gradient only if `entropy_grad`; as a mere metric it then needs no second graph.
+    gradient only if `entropy_grad`; without, `ActionLogprobs` does the same with less memory.
 
     Example: with V = 2, equal logits everywhere and one masked column, that column is -0.6931 in
     `logprobs` and 0.6931 in `entropy`.
@@ -283,10 +344,10 @@ def token_logprobs(hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
           f"bool mask of shape {tuple(ids[:, 1:].shape)}, found {mask.dtype} {tuple(mask.shape)}")
     states = hidden[:, :-1][mask]                                        # (N, C)
     actions = ids[:, 1:][mask]                                           # (N,)   the only shift
-    everything = behaviour_logprobs(F.linear(states, unembedding), temperature)     # (N, V)
-    chosen = everything.gather(1, actions[:, None]).squeeze(1)           # (N,)
-    measured = everything if entropy_grad else everything.detach()       # (N, V)
-    spread = -(measured.exp() * measured).sum(dim=1)                     # (N,)
+    if entropy_grad:
+        chosen, spread = plain_action_logprobs(states, unembedding, actions, temperature)
+    else:
+        chosen, spread = ActionLogprobs.apply(states, unembedding, actions, temperature)    # (N,)
     zeros = torch.zeros(mask.shape, dtype=chosen.dtype, device=ids.device)          # (B, T-1)
     return zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, spread)
 
@@ -375,8 +436,9 @@ def sample(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     Example: probabilities .2 .5 .3 and a uniform of 0.6 give token 1, because .2 <= 0.6 < .7.
     """
     # careful: just below 1, float32 numbers are 6e-8 apart, more than many a token's probability
-    cumulative = logprobs.exp().cumsum(dim=1, dtype=torch.float64)       # (B, V)
-    target = uniforms[:, None] * cumulative[:, -1:]                      # (B, 1)
+    fine = torch.float32 if logprobs.device.type == "mps" else torch.float64     # mps has no other
+    cumulative = logprobs.exp().cumsum(dim=1, dtype=fine)                # (B, V)
+    target = uniforms[:, None].to(cumulative) * cumulative[:, -1:]       # (B, 1)
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return tokens.clamp(max=logprobs.shape[1] - 1)                       # (B,)
 
@@ -413,7 +475,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_
         ids[row, :len(prompt)] = torch.tensor(prompt, device=device)
     number = torch.promote_types(model.wte.weight.dtype, torch.float32)
     picked = torch.zeros(B, ids.shape[1] - 1, dtype=number, device=device)              # (B, T-1)
-    uniforms = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
+    uniforms = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64)
     lengths = prompt_lengths.clone()                                     # (B,)
     ended = torch.zeros(B, dtype=torch.bool, device=device)              # (B,)
     rows = torch.arange(B, device=device)                # (R,) the rows that are still computed
@@ -422,7 +484,8 @@ def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_
         last = model.hidden(ids[:, :longest], cache)[rows, prompt_lengths - 1]          # (R, C)
         for step in range(max_new_tokens):
             logprobs = next_logprobs(model, last, temperature, top_k, top_p)            # (R, V)
-            tokens = logprobs.argmax(dim=1) if greedy else sample(logprobs, uniforms[rows, step])
+            u = uniforms[rows.cpu(), step]                               # (R,)
+            tokens = logprobs.argmax(dim=1) if greedy else sample(logprobs, u)      # (R,)
             going = ~ended[rows]                                         # (R,) bool
             live = rows[going]
             ids[live, lengths[live]] = tokens[going]
@@ -478,7 +541,14 @@ def find_folder(name_or_folder: str) -> str:
 
 
 def read_config(folder: str) -> GPT2Config:
-    """Read config.json; anything that would change the arithmetic is refused by name."""
+    """Read config.json; anything that would change the arithmetic is refused by name.
+
+    A folder is refused, too, while a run writes its result there or after it was killed in that.
+    """
+    run_file = os.path.join(folder, "run.json")
+    if os.path.exists(run_file):
+        check(read_json(run_file).get("finished") is True, f"{folder}: the run that wrote here was "
+              "stopped while it wrote its result; finish it by its command with --resume")
     path = os.path.join(folder, "config.json")
     values = read_json(path)
     for name, expected in FIXED_CONFIG.items():

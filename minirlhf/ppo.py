@@ -33,6 +33,8 @@ Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
 Lecture: lectures/03-ppo.md.
 """
 
+import copy
+import math
 import os
 import time
 from dataclasses import dataclass, fields
@@ -40,14 +42,16 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 
-from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_output,
-                             check_range, learning_rate, masked_mean, random_stream, run, whiten)
+from minirlhf import parallel
+from minirlhf.checkpoint import RunFolder, check_run_options, fingerprint
+from minirlhf.common import (check, check_choice, check_finite, check_output, check_range,
+                             clip_gradients, learning_rate, masked_mean, random_stream, run,
+                             whiten)
 from minirlhf.data import (Tokenizer, encode_prompt, fit_rows, load_function, read_records,
                            response_mask)
-from minirlhf.gpt2 import (GPT2, ScalarModel, check_tokenizer, find_folder, generate,
+from minirlhf.gpt2 import (GPT2, Generation, ScalarModel, check_tokenizer, find_folder, generate,
                            token_logprobs)
 from minirlhf.rewards import ModelReward, is_function, load_reward
-from minirlhf.weights import write_atomically
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,17 @@ class PPOConfig:
     missing_end_penalty: float = 1.0    # taken off the score of a response that does not end
     max_grad_norm: float = 1.0          # gradients of all that is trained are clipped to this norm
     kl_old_stop: float = 0.0            # > 0: end an update when kl_old exceeds it, nats a token
+    accumulation: int = 1               # parts that a minibatch is computed in, to save memory
+    checkpointing: bool = False         # compute each layer twice, to save memory
+    dtype: str = "float32"              # of matrix products: float32, bfloat16
+    device: str = "cpu"                 # cpu, cuda, mps
     sample_every: int = 10              # iterations between printed token tables
+    save_every: int = 5                 # iterations between checkpoints
+    resume: bool = False                # go on from the last checkpoint of --out
     seed: int = 0                       # of prompts, samples and minibatches
 
     def __post_init__(self):
+        check_run_options(self)
         check_choice(self, "critic", ("separate", "shared"))
         check_choice(self, "ensemble", ("mean", "min"))
         for name in ("iterations", "batch_size", "max_new_tokens", "epochs", "minibatch_size",
@@ -155,9 +166,11 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
 
 
 def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
-                mask: torch.Tensor, cliprange: float) -> tuple[torch.Tensor, torch.Tensor]:
+                mask: torch.Tensor, cliprange: float,
+                token_count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped objective, to be minimised, and the ratio of every token. All inputs (B, T-1).
 
+    `token_count` is that of the whole minibatch when these rows are a part of it (`masked_mean`).
     ratio = exp(logprobs - old_logprobs); a token's loss is the larger of -ratio * advantage and
     -clip(ratio, 1 - cliprange, 1 + cliprange) * advantage.
 
@@ -170,11 +183,12 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
     ratio = difference.exp()                                                        # (B, T-1)
     unclipped = -ratio * advantages                                                 # (B, T-1)
     clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages               # (B, T-1)
-    return masked_mean(torch.maximum(unclipped, clipped), mask), ratio
+    return masked_mean(torch.maximum(unclipped, clipped), mask, token_count), ratio
 
 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor,
-               mask: torch.Tensor, cliprange_value: float) -> torch.Tensor:
+               mask: torch.Tensor, cliprange_value: float,
+               token_count: int | None = None) -> torch.Tensor:
     """Half the mean squared error of the values, clipped around the old ones. All inputs (B, T-1).
 
     Example, cliprange_value 0.2: value 1, old value 0, return 1: the clipped value 0.2 errs by 0.8,
@@ -184,7 +198,7 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
     """
     nearby = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     errors = torch.maximum((values - returns) ** 2, (nearby - returns) ** 2)        # (B, T-1)
-    return 0.5 * masked_mean(errors, mask)
+    return 0.5 * masked_mean(errors, mask, token_count)
 
 
 def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, responses: int,
@@ -228,8 +242,8 @@ class PolicyWithValue(nn.Module):
 
 def make_networks(cfg: PPOConfig) -> tuple[PolicyWithValue, GPT2]:
     """Policy with critic, and the frozen reference. The policy and reference start equal."""
-    policy, ref_policy = GPT2.from_pretrained(cfg.model), GPT2.from_pretrained(cfg.model)
-    ref_policy.requires_grad_(False)
+    policy = GPT2.from_pretrained(cfg.model)
+    ref_policy = copy.deepcopy(policy).requires_grad_(False)
     critic = None
     if cfg.critic == "separate":
         if is_function(cfg.reward):                      # a function has no weights to start from
@@ -237,7 +251,9 @@ def make_networks(cfg: PPOConfig) -> tuple[PolicyWithValue, GPT2]:
             critic.transformer.load_state_dict(policy.state_dict())
         else:
             critic = ScalarModel.from_pretrained(cfg.reward.split(",")[0])
-    return PolicyWithValue(policy, critic), ref_policy
+        critic.transformer.checkpointing = cfg.checkpointing
+    policy.checkpointing = cfg.checkpointing
+    return PolicyWithValue(policy, critic).to(cfg.device), ref_policy.to(cfg.device)
 
 
 # ---- collecting ----------------------------------------------------------------------------------
@@ -271,44 +287,84 @@ class Rollout:
         return "Rollout (figures over response tokens)\n  " + "\n  ".join(lines)
 
 
+def row_parts(rows: torch.Tensor, cfg: PPOConfig) -> list[torch.Tensor]:
+    """This process's share of the row numbers `rows`, in parts that fit into memory."""
+    most = math.ceil(cfg.minibatch_size / cfg.accumulation)
+    return [part for part in rows[parallel.share(len(rows))].split(most) if len(part) > 0]
+
+
+def sample_responses(policy: GPT2, prompts: list[list[int]], cfg: PPOConfig, tokenizer: Tokenizer,
+                     iteration: int) -> Generation:
+    """One response to every prompt; several processes sample a share each."""
+    B, mine = len(prompts), parallel.share(len(prompts))
+    generator = random_stream(cfg.seed, 1, iteration)
+    # each row uses its own random numbers: here those of the rows of the processes before are drawn
+    torch.rand(mine.start, cfg.max_new_tokens, generator=generator, dtype=torch.float64)
+    made = generate(policy, prompts[mine], cfg.max_new_tokens, end_token=tokenizer.end_token,
+                    temperature=cfg.temperature, generator=generator)
+    return Generation(parallel.gather_rows(made.ids, B, fill=tokenizer.end_token),
+                      parallel.gather_rows(made.prompt_lengths, B),
+                      parallel.gather_rows(made.lengths, B), parallel.gather_rows(made.ended, B),
+                      parallel.gather_rows(made.logprobs, B))
+
+
+def score_responses(networks: PolicyWithValue, ref_policy: GPT2, reward_function,
+                    tokenizer: Tokenizer, made: Generation, mask: torch.Tensor, cfg: PPOConfig):
+    """old_logprobs, old_values, entropy, ref_logprobs (B, T-1) each, and scores (B,)."""
+    B, mine = len(made.ids), parallel.share(len(made.ids))
+    found: list[list[torch.Tensor]] = [[], [], [], []]
+    for part in row_parts(torch.arange(B), cfg):         # (b,) row numbers
+        ids, part_mask = made.ids[part], mask[part]                                 # (b, T)
+        tensors = [*networks(ids, part_mask, cfg.temperature)]                      # 3 x (b, T-1)
+        ref_logprobs, _ = token_logprobs(ref_policy.hidden(ids), ids, part_mask,
+                                         ref_policy.wte.weight, cfg.temperature)    # (b, T-1)
+        for parts, tensor in zip(found, [*tensors, ref_logprobs]):
+            parts.append(tensor)
+    scores = reward_function(made.ids[mine], made.prompt_lengths[mine], made.lengths[mine],
+                             tokenizer)                                             # (b,)
+    shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+    # careful: scores of shape (B, 1) would broadcast to (B, B) later
+    check(shape == (mine.stop - mine.start,), f"--reward {cfg.reward} returned {shape}, expected a "
+          f"tensor of shape {(mine.stop - mine.start,)}: one score a response")
+    scores = parallel.gather_rows(scores.float().to(mask.device), B)                # (B,)
+    return *[parallel.gather_rows(torch.cat(parts), B) for parts in found], scores
+
+
 def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokenizer: Tokenizer,
             prompts: list[list[int]], cfg: PPOConfig, kl_coef: float, iteration: int) -> Rollout:
     """Sample responses, score them, and turn scores into advantages and returns."""
-    with torch.no_grad():
-        made = generate(networks.policy, prompts, cfg.max_new_tokens,
-                        end_token=tokenizer.end_token, temperature=cfg.temperature,
-                        generator=random_stream(cfg.seed, 1, iteration))
-        ids, lengths = made.ids, made.lengths                                       # (B, T), (B,)
-        mask = response_mask(made.prompt_lengths, lengths, ids.shape[1])            # (B, T-1)
-        old_logprobs, old_values, entropy = networks(ids, mask, cfg.temperature)    # (B, T-1) each
-        ref_logprobs, _ = token_logprobs(ref_policy.hidden(ids), ids, mask, ref_policy.wte.weight,
-                                         cfg.temperature)                           # (B, T-1)
-        scores = reward_function(ids, made.prompt_lengths, lengths, tokenizer)      # (B,)
-    found = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
-    # careful: scores of shape (B, 1) would broadcast to (B, B) below
-    check(found == (len(ids),), f"--reward {cfg.reward} returned {found}, expected a tensor of "
-          f"shape {(len(ids),)}: one score a response")
+    with torch.no_grad(), parallel.precision(cfg):
+        made = sample_responses(networks.policy, prompts, cfg, tokenizer, iteration)
+        mask = response_mask(made.prompt_lengths, made.lengths, made.ids.shape[1])  # (B, T-1)
+        old_logprobs, old_values, entropy, ref_logprobs, scores = score_responses(
+            networks, ref_policy, reward_function, tokenizer, made, mask, cfg)
     for name, tensor in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
                          ("old_values", old_values), ("scores", scores)):
         check_finite(name, tensor, f"iteration {iteration}")
-    scores = scores.float() - cfg.missing_end_penalty * ~made.ended                 # (B,)
+    scores = scores - cfg.missing_end_penalty * ~made.ended                         # (B,)
     kl_ref = old_logprobs - ref_logprobs                                            # (B, T-1)
     rewards = shaped_rewards(scores, kl_ref, mask, kl_coef)                         # (B, T-1)
     advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)        # (B, T-1) each
     advantages = whiten(advantages, mask)                # careful: after the returns, not before
-    batch = Rollout(ids, made.prompt_lengths, lengths, made.ended, mask, old_logprobs, ref_logprobs,
-                    old_values, entropy, scores, kl_ref, rewards, advantages, returns)
-    check_invariants(batch, made.logprobs, kl_coef, iteration)
+    batch = Rollout(made.ids, made.prompt_lengths, made.lengths, made.ended, mask, old_logprobs,
+                    ref_logprobs, old_values, entropy, scores, kl_ref, rewards, advantages,
+                    returns)
+    check_invariants(batch, made.logprobs, kl_coef, iteration, TOLERANCE[cfg.dtype])
     return batch
 
 
+# How far apart, in nats, log-probabilities of the same token may be: sums are added in another
+# order. TODO measure
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
+
+
 def check_invariants(batch: Rollout, sampled_logprobs: torch.Tensor, kl_coef: float,
-                     iteration: int) -> None:
-    """What must hold in every rollout; the tolerance is for float32 sums in another order."""
+                     iteration: int, tolerance: float = 1e-2) -> None:
+    """What must hold in every rollout."""
     mask = batch.response_mask
     apart = ((sampled_logprobs - batch.old_logprobs) * mask).abs().max().item()
-    check(apart < 1e-2, f"iteration {iteration}: tokens were sampled from another distribution "
-          f"than they are scored under (log-probabilities differ by {apart:.3g})")
+    check(apart < tolerance, f"iteration {iteration}: tokens were sampled from another "
+          f"distribution than they are scored under (log-probabilities differ by {apart:.3g})")
     if iteration == 0:
         largest = batch.kl_ref.abs().max().item()
         check(largest < 1e-3, f"kl_ref is {largest:.3g} in iteration 0, expected 0: policy and "
@@ -321,50 +377,76 @@ def check_invariants(batch: Rollout, sampled_logprobs: torch.Tensor, kl_coef: fl
 
 # ---- update --------------------------------------------------------------------------------------
 
+def train_step(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: Rollout,
+               rows: torch.Tensor, cfg: PPOConfig, first: bool, where: str) -> dict | None:
+    """One optimiser step on the minibatch of the row numbers `rows` (b,); None if kl_old stops it.
+
+    Returns metrics as sums over the minibatch's response tokens, and how many these are.
+    """
+    tokens = int(batch.response_mask[rows].sum())
+    sums = dict.fromkeys(("kl_old", "clipfrac", "pg_loss", "vf_loss"), 0.0)
+    ratio_max, ratio_first = 0.0, 0.0
+    optimizer.zero_grad()
+    for part in row_parts(rows, cfg):
+        mask = batch.response_mask[part]                                            # (b, T-1)
+        with parallel.precision(cfg):
+            logprobs, values, entropy = networks(batch.ids[part], mask, cfg.temperature,
+                                                 entropy_grad=cfg.ent_coef > 0)     # (b, T-1) each
+        check_finite("logprobs", logprobs.detach(), where, part)
+        check_finite("values", values.detach(), where, part)
+        pg_loss, ratio = policy_loss(logprobs, batch.old_logprobs[part], batch.advantages[part],
+                                     mask, cfg.cliprange, tokens)
+        vf_loss = value_loss(values, batch.old_values[part], batch.returns[part], mask,
+                             cfg.cliprange_value, tokens)
+        ent_bonus = masked_mean(entropy, mask, tokens)
+        loss = pg_loss + cfg.vf_coef * vf_loss - cfg.ent_coef * ent_bonus
+        check_finite("loss", loss.detach(), where)
+        loss.backward()
+        real_ratio = ratio.detach()[mask]                                           # (N,)
+        sums["kl_old"] += (real_ratio - 1 - real_ratio.log()).sum().item()     # k3, never negative
+        sums["clipfrac"] += ((real_ratio - 1).abs() > cfg.cliprange).sum().item()
+        sums["pg_loss"] += pg_loss.item() * tokens
+        sums["vf_loss"] += vf_loss.item() * tokens
+        ratio_max = max(ratio_max, real_ratio.max().item())
+        ratio_first = max(ratio_first, (real_ratio - 1).abs().max().item())
+    sums = parallel.add_numbers(sums, batch.ids.device)
+    # before the first step kl_old is 0 up to rounding, so an update is never empty
+    if not first and 0 < cfg.kl_old_stop < sums["kl_old"] / tokens:
+        return None
+    check(not first or ratio_first < TOLERANCE[cfg.dtype], f"{where}: the first ratio is off 1 by "
+          f"{ratio_first:.3g}: policy and rollout disagree before any step was taken")
+    parallel.add_gradients(networks.parameters())
+    grad_norm = clip_gradients(networks, cfg.max_grad_norm, where)
+    optimizer.step()
+    return {**sums, "tokens": tokens, "grad_norm": grad_norm, "ratio_first": ratio_first,
+            "ratio_max": parallel.largest(ratio_max, batch.ids.device)}
+
+
+def minibatches(cfg: PPOConfig, iteration: int) -> list[torch.Tensor]:
+    """Row numbers (b,) for every optimiser step of an update: `epochs` shuffles of the rollout."""
+    found: list[torch.Tensor] = []
+    for epoch in range(cfg.epochs):
+        generator = random_stream(cfg.seed, 2, iteration, epoch)
+        found += torch.randperm(cfg.batch_size, generator=generator).split(cfg.minibatch_size)
+    return found
+
+
 def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: Rollout,
            cfg: PPOConfig, iteration: int) -> dict:
     """Several passes over the rollout in shuffled minibatches; metrics over all real tokens."""
-    B, old_logprobs = len(batch.ids), batch.old_logprobs
-    sums = dict.fromkeys(("kl_old", "clipfrac", "pg_loss", "vf_loss"), 0.0)
-    tokens, steps, ratio_max, grad_norms, stopped = 0, 0, 0.0, 0.0, False
-    for epoch in range(cfg.epochs):
-        order = torch.randperm(B, generator=random_stream(cfg.seed, 2, iteration, epoch))
-        for rows in order.split(cfg.minibatch_size):
-            mask = batch.response_mask[rows]                                        # (B, T-1)
-            logprobs, values, entropy = networks(batch.ids[rows], mask, cfg.temperature,
-                                                 entropy_grad=cfg.ent_coef > 0)     # (B, T-1) each
-            pg_loss, ratio = policy_loss(logprobs, old_logprobs[rows], batch.advantages[rows], mask,
-                                         cfg.cliprange)
-            vf_loss = value_loss(values, batch.old_values[rows], batch.returns[rows], mask,
-                                 cfg.cliprange_value)
-            loss = pg_loss + cfg.vf_coef * vf_loss - cfg.ent_coef * masked_mean(entropy, mask)
-            check_finite("loss", loss.detach(), f"iteration {iteration}, step {steps}")
-            real_ratio = ratio.detach()[mask]                                       # (N,)
-            if steps == 0:
-                apart = (real_ratio - 1).abs().max().item()
-                check(apart < 1e-2, f"iteration {iteration}: the first ratio is off 1 by "
-                      f"{apart:.3g}: policy and rollout disagree before any step was taken")
-            kl_old = (real_ratio - 1 - real_ratio.log()).mean().item()     # k3, never negative
-            # before the first step kl_old is 0 up to rounding, so an update is never empty
-            if steps > 0 and 0 < cfg.kl_old_stop < kl_old:
-                stopped = True
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(networks.parameters(), cfg.max_grad_norm)
-            check_finite("gradient norm", grad_norm, f"iteration {iteration}, step {steps}")
-            optimizer.step()
-            n = len(real_ratio)
-            tokens, steps, grad_norms = tokens + n, steps + 1, grad_norms + grad_norm.item()
-            sums["kl_old"] += kl_old * n
-            sums["clipfrac"] += ((real_ratio - 1).abs() > cfg.cliprange).sum().item()
-            sums["pg_loss"] += pg_loss.item() * n
-            sums["vf_loss"] += vf_loss.item() * n
-            ratio_max = max(ratio_max, real_ratio.max().item())
-        if stopped:
+    steps: list[dict] = []
+    for rows in minibatches(cfg, iteration):
+        found = train_step(networks, optimizer, batch, rows, cfg, not steps,
+                           f"iteration {iteration}, step {len(steps)}")
+        if found is None:
             break
-    means = {name: total / tokens for name, total in sums.items()}
-    return {**means, "ratio_max": ratio_max, "grad_norm": grad_norms / steps}
+        steps.append(found)
+    tokens = sum(step["tokens"] for step in steps)
+    means = {name: sum(step[name] for step in steps) / tokens
+             for name in ("kl_old", "clipfrac", "pg_loss", "vf_loss")}
+    return {**means, "ratio_first": steps[0]["ratio_first"],
+            "ratio_max": max(step["ratio_max"] for step in steps),
+            "grad_norm": sum(step["grad_norm"] for step in steps) / len(steps)}
 
 
 # ---- metrics and the token table -----------------------------------------------------------------
@@ -377,21 +459,23 @@ METRICS = ["iteration",      # rollouts before this one
            "kl_old",         # how far the policy moved from its rollout before a step: nats a token
            "entropy",        # of the sampling distribution: nats a token
            "clipfrac",       # share of tokens with the ratio outside the clip range
+           "ratio_first",    # largest |ratio - 1| in the first minibatch: 0 up to rounding
            "ratio_max",      # largest ratio of any token
            "pg_loss",        # policy loss
            "vf_loss",        # value loss, before vf_coef
            "explained_var",  # 1 - Var(returns - old_values) / Var(returns): 1 perfect, 0 useless
+           "advantage_std",  # standard deviation of the advantages before whitening
            "response_len",   # mean response length in tokens, end token included
            "end_rate",       # share of responses that chose the end token
            "grad_norm",      # before clipping, mean over steps
            "lr",             # the policy's
-           "seconds",        # of the iteration
            "kl_coef"]        # weight of kl_ref that this iteration used
 
 
 def measure(batch: Rollout, gold: torch.Tensor | None) -> dict:
     """The metrics that a rollout gives, before its update."""
     mask = batch.response_mask
+    # what the critic did not foresee: the error of its values, and the advantages before whitening
     errors = (batch.returns - batch.old_values)[mask]                               # (N,)
     spread = batch.returns[mask].var(unbiased=False).item()
     return {"score": batch.scores.mean().item(),
@@ -400,6 +484,7 @@ def measure(batch: Rollout, gold: torch.Tensor | None) -> dict:
             "kl_ref": (batch.kl_ref * mask).sum(dim=1).mean().item(),
             "entropy": masked_mean(batch.entropy, mask).item(),
             "explained_var": 1 - errors.var(unbiased=False).item() / max(spread, 1e-8),
+            "advantage_std": errors.std(unbiased=False).item(),
             "response_len": (batch.lengths - batch.prompt_lengths).float().mean().item(),
             "end_rate": batch.ended.float().mean().item()}
 
@@ -445,80 +530,97 @@ def draw_prompts(prompts: list[list[int]], cfg: PPOConfig, iteration: int) -> li
     return [prompts[i] for i in order[first:first + cfg.batch_size]]
 
 
-def save(networks: PolicyWithValue, tokenizer: Tokenizer, samples: str, cfg: PPOConfig) -> None:
+def save(networks: PolicyWithValue, tokenizer: Tokenizer, out: str) -> None:
     """Write the policy, and beside it the critic, so that nothing that was trained is lost."""
     context = networks.policy.config.n_positions
-    tokenizer.save(cfg.out, context)
-    write_atomically(os.path.join(cfg.out, "samples.txt"), samples.encode("utf-8"))
+    tokenizer.save(out, context)
     critic = networks.critic
     if critic is None:                                   # written as the scalar model that it is
         critic = ScalarModel(networks.policy.config)
         critic.transformer.load_state_dict(networks.policy.state_dict())
         critic.score_head.load_state_dict(networks.value_head.state_dict())
-    critic.save_pretrained(os.path.join(cfg.out, "critic"))
-    tokenizer.save(os.path.join(cfg.out, "critic"), context)
-    networks.policy.save_pretrained(cfg.out)
+    critic.save_pretrained(os.path.join(out, "critic"))
+    tokenizer.save(os.path.join(out, "critic"), context)
+    networks.policy.save_pretrained(out)
+
+
+def try_gold(gold_function, prompt: list[int], tokenizer: Tokenizer) -> None:
+    """Let the gold judge refuse prompts that it cannot judge before anything is computed."""
+    ids = torch.tensor([prompt + [tokenizer.end_token]])                            # (1, T)
+    length = torch.tensor([ids.shape[1]])                                           # (1,)
+    gold_function(ids, length - 1, length, tokenizer)
+
+
+def make_optimizer(networks: PolicyWithValue, cfg: PPOConfig) -> torch.optim.Optimizer:
+    """Adam over all that is trained; critic or value head have a rate of their own."""
+    policy = list(networks.policy.parameters())
+    others = [p for name, p in networks.named_parameters() if not name.startswith("policy.")]
+    groups = [{"params": policy, "peak": cfg.lr}, {"params": others, "peak": cfg.critic_lr}]
+    return torch.optim.Adam(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
+
+
+def progress(row: dict, seconds: float) -> str:
+    """One line about an iteration."""
+    gold = f"gold {row['gold']:6.2f}  " if row["gold"] != "" else ""
+    return (f"  iteration {row['iteration']:3d}  score {row['score']:6.2f}  {gold}kl_ref "
+            f"{row['kl_ref']:5.2f}  entropy {row['entropy']:.2f}  clipfrac {row['clipfrac']:.2f}  "
+            f"explained_var {row['explained_var']:5.2f}  length {row['response_len']:4.1f}  "
+            f"{seconds:.1f} s")
 
 
 def main(cfg: PPOConfig) -> dict:
     """Train and save; returns the last row of metrics."""
     check_output(cfg.out, find_folder(cfg.model), *cfg.reward.split(","))
+    parallel.start(cfg.device)
     networks, ref_policy = make_networks(cfg)
     policy, tokenizer = networks.policy, Tokenizer.load(find_folder(cfg.model))
     check_tokenizer(policy, tokenizer, cfg.model)
-    reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer)
+    reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer, cfg.device,
+                                  math.ceil(cfg.minibatch_size / cfg.accumulation))
+    frozen = [ref_policy]
+    if isinstance(reward_function, ModelReward):
+        frozen += reward_function.models
     gold_function = load_function(cfg.gold) if cfg.gold else None
     prompts = collect_prompts(cfg, tokenizer, policy.config.n_positions)
-    if gold_function is not None:                        # refuse prompts that it cannot judge now
-        ids = torch.tensor([prompts[0] + [tokenizer.end_token]])                    # (1, T)
-        length = torch.tensor([ids.shape[1]])                                       # (1,)
-        gold_function(ids, length - 1, length, tokenizer)
-
-    policy_parameters = set(policy.parameters())
-    critic_parameters = [p for p in networks.parameters() if p not in policy_parameters]
-    groups = [{"params": list(policy.parameters()), "peak": cfg.lr},
-              {"params": critic_parameters, "peak": cfg.critic_lr}]
-    optimizer = torch.optim.Adam(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5)
-    metrics = MetricsFile(cfg.out, METRICS)
-    kl_coef, samples, row = cfg.kl_coef, "", {}
-    print(f"PPO: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.critic} critic, "
-          f"reward {cfg.reward}", flush=True)
-    for iteration in range(cfg.iterations):
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, cfg.iterations, group["peak"],
-                                        cfg.warmup_iterations, "linear")
-        batch = rollout(networks, ref_policy, reward_function, tokenizer,
-                        draw_prompts(prompts, cfg, iteration), cfg, kl_coef, iteration)
-        gold = None
-        if gold_function is not None:
-            gold = gold_function(batch.ids, batch.prompt_lengths, batch.lengths,
-                                 tokenizer)              # (B,)
-        found = {**measure(batch, gold), **update(networks, optimizer, batch, cfg, iteration)}
-        found.update(iteration=iteration, lr=optimizer.param_groups[0]["lr"], kl_coef=kl_coef,
-                     seconds=time.perf_counter() - started)
-        row = {name: found[name] for name in METRICS}
-        metrics.write(row)
-        gold_text = f"gold {row['gold']:6.2f}  " if gold is not None else ""
-        print(f"  iteration {iteration:3d}  score {row['score']:6.2f}  {gold_text}kl_ref "
-              f"{row['kl_ref']:5.2f}  entropy {row['entropy']:.2f}  clipfrac "
-              f"{row['clipfrac']:.2f}  explained_var {row['explained_var']:5.2f}  length "
-              f"{row['response_len']:4.1f}  {row['seconds']:.1f} s", flush=True)
-        if iteration % cfg.sample_every == 0 or iteration + 1 == cfg.iterations:
-            table = token_table(batch, 0, tokenizer)
-            samples += f"iteration {iteration}\n{table}\n\n"
-            print(table, flush=True)
-        if cfg.kl_target > 0:
-            kl_coef = adapt_kl_coef(kl_coef, row["kl_ref"], cfg.kl_target, cfg.batch_size,
-                                    cfg.kl_horizon)
-    frozen = list(ref_policy.parameters())
-    if isinstance(reward_function, ModelReward):
-        for model in reward_function.models:
-            frozen += model.parameters()
-    assert all(p.grad is None for p in frozen), "a frozen network received a gradient"
-    metrics.finish()
-    save(networks, tokenizer, samples, cfg)
-    return row
+    if gold_function is not None:
+        try_gold(gold_function, prompts[0], tokenizer)
+    optimizer = make_optimizer(networks, cfg)
+    kl_coef = cfg.kl_coef
+    inputs = {"--model and --reward": fingerprint(*frozen), "--prompts": fingerprint(prompts)}
+    with RunFolder(cfg, cfg.iterations, METRICS, inputs) as run_folder:
+        if run_folder.finished:
+            return run_folder.row
+        run_folder.restore(networks, optimizer)
+        kl_coef = run_folder.extra.get("kl_coef", cfg.kl_coef)
+        print(f"PPO: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.critic} critic, "
+              f"reward {cfg.reward}", flush=True)
+        for iteration in range(run_folder.step, cfg.iterations):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(iteration, cfg.iterations, group["peak"],
+                                            cfg.warmup_iterations, "linear")
+            batch = rollout(networks, ref_policy, reward_function, tokenizer,
+                            draw_prompts(prompts, cfg, iteration), cfg, kl_coef, iteration)
+            gold = None
+            if gold_function is not None:
+                gold = gold_function(batch.ids, batch.prompt_lengths, batch.lengths,
+                                     tokenizer)          # (B,)
+            found = {**measure(batch, gold), **update(networks, optimizer, batch, cfg, iteration),
+                     "iteration": iteration, "lr": optimizer.param_groups[0]["lr"],
+                     "kl_coef": kl_coef}
+            row = {name: found[name] for name in METRICS}
+            print(progress(row, time.perf_counter() - started), flush=True)
+            if iteration % cfg.sample_every == 0 or iteration + 1 == cfg.iterations:
+                run_folder.sample(f"iteration {iteration}\n{token_table(batch, 0, tokenizer)}\n")
+            if cfg.kl_target > 0:
+                kl_coef = adapt_kl_coef(kl_coef, row["kl_ref"], cfg.kl_target, cfg.batch_size,
+                                        cfg.kl_horizon)
+            run_folder.end_step(iteration + 1, row, networks, optimizer, kl_coef=kl_coef)
+        for network in frozen:
+            assert all(p.grad is None for p in network.parameters()), (
+                "a frozen network received a gradient")
+        run_folder.publish(save, networks, tokenizer, cfg.out)
+    return run_folder.row
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from minirlhf.common import (MetricsFile, check, check_finite, check_output, check_range,
-                             learning_rate, random_stream, run)
+from minirlhf import parallel
+from minirlhf.checkpoint import RunFolder, check_run_options, fingerprint
+from minirlhf.common import (batch_order, check, check_finite, check_output, check_range,
+                             clip_gradients, learning_rate, random_stream, run)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records)
 from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, find_folder, generate
 
@@ -55,10 +57,17 @@ class RewardModelConfig:
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
     max_new_tokens: int = 32            # longest of the responses for normalisation, tokens
     norm_samples: int = 256             # SFT responses on which scores get mean 0 and deviation 1
+    accumulation: int = 1               # parts that a step's batch is computed in, to save memory
+    checkpointing: bool = False         # compute each layer twice, to save memory
+    dtype: str = "float32"              # of matrix products: float32, bfloat16
+    device: str = "cpu"                 # cpu, cuda, mps
     eval_every: int = 50                # steps between held-out accuracies
+    save_every: int = 50                # steps between checkpoints
+    resume: bool = False                # go on from the last checkpoint of --out
     seed: int = 0                       # of data, head, order and samples
 
     def __post_init__(self):
+        check_run_options(self)
         for name in ("held_out", "epochs", "batch_size", "max_new_tokens", "eval_every"):
             check_range(self, name, 1, 10**9)
         check_range(self, "norm_samples", 2, 10**6)
@@ -71,17 +80,20 @@ class RewardModelConfig:
 
 # ---- the mathematics -----------------------------------------------------------------------------
 
-def bradley_terry_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
+def bradley_terry_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor,
+                       count: int | None = None) -> torch.Tensor:
     """Mean of -log sigmoid(chosen - rejected) over the comparisons: nats a comparison.
 
-    chosen_scores, rejected_scores (B,) -> (). Equal scores give log 2 = 0.6931, the loss of a model
-    that knows nothing.
+    chosen_scores, rejected_scores (B,) -> (). `count` is the number of comparisons in the whole
+    step when these are a part of it: the parts' losses add up to the step's. Equal scores give
+    log 2 = 0.6931, the loss of a model that knows nothing.
 
     Example: scores 2 and 1 give 0.3133.
     Source: Bradley and Terry 1952; InstructGPT (arXiv 2203.02155), equation 1.
     Lecture: lectures/02-reward-model.md, "The Bradley-Terry loss".
     """
-    return -F.logsigmoid(chosen_scores - rejected_scores).mean()
+    losses = -F.logsigmoid(chosen_scores - rejected_scores)                         # (B,)
+    return losses.sum() / (len(losses) if count is None else count)
 
 
 def accuracy(margins: torch.Tensor) -> float:
@@ -163,46 +175,59 @@ def score_pairs(model: ScalarModel, rows: list[Comparison], end_token: int):
     """Scores of the chosen and of the rejected responses, (B,) each, in one forward pass."""
     texts = [row.prompt + row.chosen for row in rows] + [row.prompt + row.rejected for row in rows]
     ids, lengths = pad(texts, end_token)                                            # (2B, T), (2B,)
-    scores = model.score(ids, lengths)                                              # (2B,)
+    device = model.score_head.weight.device
+    scores = model.score(ids.to(device), lengths.to(device))                        # (2B,)
     return scores[:len(rows)], scores[len(rows):]
 
 
 def train_step(model: ScalarModel, optimizer: torch.optim.Optimizer, rows: list[Comparison],
                cfg: RewardModelConfig, end_token: int, where: str) -> tuple[float, float, float]:
     """One optimiser step; returns loss, accuracy before the step and gradient norm."""
-    chosen_scores, rejected_scores = score_pairs(model, rows, end_token)            # (B,), (B,)
-    check_finite("chosen_scores", chosen_scores.detach(), where)
-    check_finite("rejected_scores", rejected_scores.detach(), where)
-    loss = bradley_terry_loss(chosen_scores, rejected_scores)
+    mine = rows[parallel.share(len(rows))]               # all of them, if there is one process
+    part = math.ceil(len(rows) / cfg.accumulation)       # comparisons in each part
+    sums = {"loss": 0.0, "right": 0.0}
     optimizer.zero_grad()
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-    check_finite("gradient norm", grad_norm, where)
+    for first in range(0, len(mine), part):
+        with parallel.precision(cfg):
+            chosen_scores, rejected_scores = score_pairs(model, mine[first:first + part],
+                                                         end_token)                 # (b,), (b,)
+        check_finite("chosen_scores", chosen_scores.detach(), where)
+        check_finite("rejected_scores", rejected_scores.detach(), where)
+        loss = bradley_terry_loss(chosen_scores, rejected_scores, len(rows))
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["right"] += accuracy((chosen_scores - rejected_scores).detach()) * len(chosen_scores)
+    parallel.add_gradients(model.parameters())
+    grad_norm = clip_gradients(model, cfg.max_grad_norm, where)
     optimizer.step()
-    return loss.item(), accuracy((chosen_scores - rejected_scores).detach()), grad_norm.item()
+    sums = parallel.add_numbers(sums, model.score_head.weight.device)
+    return sums["loss"], sums["right"] / len(rows), grad_norm
 
 
-def held_out_margins(model: ScalarModel, rows: list[Comparison], batch_size: int,
+def held_out_margins(model: ScalarModel, rows: list[Comparison], cfg: RewardModelConfig,
                      end_token: int) -> torch.Tensor:
     """Score differences chosen - rejected, (N,), without gradient."""
-    margins = []
-    with torch.no_grad():
-        for first in range(0, len(rows), batch_size):
-            chosen, rejected = score_pairs(model, rows[first:first + batch_size], end_token)
-            margins.append(chosen - rejected)
-    return torch.cat(margins)                                                       # (N,)
+    mine = rows[parallel.share(len(rows))]
+    size = math.ceil(cfg.batch_size / cfg.accumulation)
+    margins = [torch.zeros(0, device=cfg.device)]
+    with torch.no_grad(), parallel.precision(cfg):
+        for first in range(0, len(mine), size):
+            chosen, rejected = score_pairs(model, mine[first:first + size], end_token)
+            margins.append(chosen.float() - rejected.float())
+    return parallel.gather_rows(torch.cat(margins), len(rows)).cpu()                # (N,)
 
 
 def sft_scores(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: RewardModelConfig,
                end_token: int) -> torch.Tensor:
     """Scores of responses that the SFT model samples to `prompts`, (N,)."""
-    scores = []
-    with torch.no_grad():
-        for first in range(0, len(prompts), 64):
+    scores = torch.zeros(len(prompts), device=cfg.device)                           # (N,)
+    starts = range(0, len(prompts), 64)
+    with torch.no_grad(), parallel.precision(cfg):
+        for first in starts[parallel.share(len(starts))]:
             made = generate(policy, prompts[first:first + 64], cfg.max_new_tokens,
                             end_token=end_token, generator=random_stream(cfg.seed, 2, first))
-            scores.append(model.score(made.ids, made.lengths))
-    return torch.cat(scores)                                                        # (N,)
+            scores[first:first + 64] = model.score(made.ids, made.lengths)
+    return parallel.add(scores).cpu()                    # other processes have zeros there
 
 
 def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
@@ -222,11 +247,34 @@ def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
 
 # ---- main ----------------------------------------------------------------------------------------
 
+METRICS = ["step", "loss", "accuracy", "held_out_loss", "held_out_accuracy", "calibration_error",
+           "grad_norm", "lr"]
+
+
+def save(model: ScalarModel, tokenizer: Tokenizer, out: str) -> None:
+    """Write the reward model and its tokenizer."""
+    tokenizer.save(out, model.config.n_positions)
+    model.save_pretrained(out)
+
+
+def normalise(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: RewardModelConfig,
+              end_token: int) -> None:
+    """Give the scores of the SFT model's own responses mean 0 and deviation 1."""
+    picks = torch.randint(len(prompts), (cfg.norm_samples,), generator=random_stream(cfg.seed, 1))
+    scores = sft_scores(model, policy, [prompts[i] for i in picks], cfg, end_token)     # (N,)
+    check(scores.std().item() > 0, "all SFT responses get the same score: nothing to normalise by; "
+          "is the data all alike, or the learning rate 0?")
+    fold_normalisation(model, scores.mean().item(), scores.std().item())
+    print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation "
+          f"{scores.std():.2f}, now 0 and 1", flush=True)
+
+
 def main(cfg: RewardModelConfig) -> dict:
     """Train, normalise and save; returns the last row of metrics with the held-out figures."""
     folder = find_folder(cfg.model)
     check_output(cfg.out, folder)
-    policy, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
+    parallel.start(cfg.device)
+    policy, tokenizer = GPT2.from_pretrained(folder).to(cfg.device), Tokenizer.load(folder)
     check_tokenizer(policy, tokenizer, folder)
     rows = collect(cfg, tokenizer, policy.config.n_positions)
     train, test = split_by_prompt(rows, cfg.held_out)
@@ -234,51 +282,43 @@ def main(cfg: RewardModelConfig) -> dict:
     prompts = [row.prompt for row in rows if len(row.prompt) <= longest_prompt]
     check(len(prompts) > 0, f"no prompt leaves room for {cfg.max_new_tokens} new tokens; lower "
           "--max_new_tokens")
-
     torch.manual_seed(cfg.seed % 2**63)                  # the random head
-    model = ScalarModel(policy.config)
+    model = ScalarModel(policy.config).to(cfg.device)
     model.transformer.load_state_dict(policy.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    metrics = MetricsFile(cfg.out, ["step", "loss", "accuracy", "held_out_loss",
-                                    "held_out_accuracy", "calibration_error", "grad_norm", "lr"])
+    model.transformer.checkpointing = cfg.checkpointing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                  fused=True)
     total_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
-    print(f"reward model: {len(train)} comparisons x {cfg.epochs} epochs = {total_steps} steps; "
-          f"{len(test)} held out", flush=True)
-    step = 0
-    for epoch in range(cfg.epochs):
-        order = torch.randperm(len(train), generator=random_stream(cfg.seed, 0, epoch))
-        for batch in order.split(cfg.batch_size):
+    inputs = {"--model": fingerprint(policy), "--data": fingerprint(rows)}
+    with RunFolder(cfg, total_steps, METRICS, inputs) as run_folder:
+        if run_folder.finished:
+            return run_folder.row
+        run_folder.restore(model, optimizer)
+        print(f"reward model: {len(train)} comparisons x {cfg.epochs} epochs = {total_steps} "
+              f"steps; {len(test)} held out", flush=True)
+        for step in range(run_folder.step, total_steps):
             lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "linear")
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            batch = batch_order(len(train), cfg.batch_size, cfg.seed, step)         # (B,)
             loss, train_accuracy, grad_norm = train_step(
                 model, optimizer, [train[i] for i in batch], cfg, tokenizer.end_token,
                 f"step {step}")
-            step += 1
-            row = {"step": step, "loss": loss, "accuracy": train_accuracy, "held_out_loss": "",
-                   "held_out_accuracy": "", "calibration_error": "", "grad_norm": grad_norm,
-                   "lr": lr}
-            if step % cfg.eval_every == 0 or step == total_steps:
-                margins = held_out_margins(model, test, cfg.batch_size, tokenizer.end_token)
+            row = dict.fromkeys(METRICS, "")
+            row.update(step=step + 1, loss=loss, accuracy=train_accuracy, grad_norm=grad_norm,
+                       lr=lr)
+            if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:
+                margins = held_out_margins(model, test, cfg, tokenizer.end_token)   # (N,)
                 row["held_out_loss"] = bradley_terry_loss(margins, torch.zeros_like(margins)).item()
                 row["held_out_accuracy"] = accuracy(margins)
                 row["calibration_error"] = calibration_error(margins)
-                print(f"  step {step:4d}/{total_steps}  loss {loss:.3f}  held out: "
+                print(f"  step {step + 1:4d}/{total_steps}  loss {loss:.3f}  held out: "
                       f"loss {row['held_out_loss']:.3f}  accuracy {row['held_out_accuracy']:.3f}  "
                       f"calibration error {row['calibration_error']:.3f}", flush=True)
-            metrics.write(row)
-
-    picks = torch.randint(len(prompts), (cfg.norm_samples,), generator=random_stream(cfg.seed, 1))
-    scores = sft_scores(model, policy, [prompts[i] for i in picks], cfg, tokenizer.end_token)
-    check(scores.std().item() > 0, "all SFT responses get the same score: nothing to normalise by; "
-          "is the data all alike, or the learning rate 0?")
-    fold_normalisation(model, scores.mean().item(), scores.std().item())
-    print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation "
-          f"{scores.std():.2f}, now 0 and 1", flush=True)
-    tokenizer.save(cfg.out, policy.config.n_positions)
-    metrics.finish()
-    model.save_pretrained(cfg.out)
-    return row
+            run_folder.end_step(step + 1, row, model, optimizer)
+        normalise(model, policy, prompts, cfg, tokenizer.end_token)
+        run_folder.publish(save, model, tokenizer, cfg.out)
+    return run_folder.row
 
 
 if __name__ == "__main__":

@@ -27,17 +27,17 @@ Lecture: lectures/01-sft.md.
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 
-from minirlhf.common import (MetricsFile, check, check_finite, check_output, check_range,
-                             learning_rate, random_stream, run)
+from minirlhf import parallel
+from minirlhf.checkpoint import RunFolder, check_run_options, fingerprint
+from minirlhf.common import (batch_order, check, check_finite, check_output, check_range,
+                             clip_gradients, learning_rate, random_stream, run)
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records,
                            response_mask)
 from minirlhf.gpt2 import GPT2, check_tokenizer, find_folder, generate, token_logprobs
-from minirlhf.weights import write_atomically
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,17 @@ class SFTConfig:
     weight_decay: float = 0.01          # AdamW's
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
     max_new_tokens: int = 32            # longest response in the samples, tokens
+    checkpointing: bool = False         # compute each layer twice, to save memory
+    dtype: str = "float32"              # of matrix products: float32, bfloat16
+    device: str = "cpu"                 # cpu, cuda, mps
     eval_every: int = 50                # steps between held-out losses and samples
+    save_every: int = 50                # steps between checkpoints
+    resume: bool = False                # go on from the last checkpoint of --out
     seed: int = 0                       # of data, order and samples
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulation", "max_new_tokens", "eval_every",
-                     "held_out"):
+        check_run_options(self)
+        for name in ("epochs", "batch_size", "max_new_tokens", "eval_every", "held_out"):
             check_range(self, name, 1, 10**9)
         check_range(self, "examples", 0, 10**9)
         check_range(self, "lr", 0, 10)
@@ -112,11 +117,15 @@ def collect(cfg: SFTConfig, folder: str, tokenizer: Tokenizer, limit: int) -> li
     return kept
 
 
-def make_batch(rows: list[Demonstration], end_token: int):
+def make_batch(rows: list[Demonstration], end_token: int, device: str = "cpu"):
     """Rows -> ids (B, T) right-padded, mask (B, T-1) bool: the columns whose action is response."""
     ids, lengths = pad([row.prompt + row.response for row in rows], end_token)      # (B, T), (B,)
     prompt_lengths = torch.tensor([len(row.prompt) for row in rows])                # (B,)
-    return ids, response_mask(prompt_lengths, lengths, ids.shape[1])
+    mask = response_mask(prompt_lengths, lengths, ids.shape[1])                     # (B, T-1)
+    return ids.to(device), mask.to(device)
+
+
+METRICS = ["step", "loss", "held_out_loss", "grad_norm", "lr"]
 
 
 # ---- one step, evaluation ------------------------------------------------------------------------
@@ -133,30 +142,34 @@ def train_step(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[Demons
                cfg: SFTConfig, end_token: int, where: str) -> tuple[float, float]:
     """One optimiser step on `rows`; returns loss and gradient norm."""
     token_count = sum(len(row.response) for row in rows)
+    mine = rows[parallel.share(len(rows))]               # all of them, if there is one process
     part = math.ceil(len(rows) / cfg.accumulation)       # rows in each part
     total = 0.0
     optimizer.zero_grad()
-    for first in range(0, len(rows), part):
-        ids, mask = make_batch(rows[first:first + part], end_token)
-        loss = batch_loss(policy, ids, mask, token_count)
+    for first in range(0, len(mine), part):
+        ids, mask = make_batch(mine[first:first + part], end_token, cfg.device)
+        with parallel.precision(cfg):
+            loss = batch_loss(policy, ids, mask, token_count)
         check_finite("loss", loss.detach(), where)
         loss.backward()
         total += loss.item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-    check_finite("gradient norm", grad_norm, where)
+    parallel.add_gradients(policy.parameters())
+    grad_norm = clip_gradients(policy, cfg.max_grad_norm, where)
     optimizer.step()
-    return total, grad_norm.item()
+    return parallel.add_numbers({"loss": total}, policy.wte.weight.device)["loss"], grad_norm
 
 
-def evaluate(policy: GPT2, rows: list[Demonstration], batch_size: int, end_token: int) -> float:
+def evaluate(policy: GPT2, rows: list[Demonstration], cfg: SFTConfig, end_token: int) -> float:
     """Mean loss in nats a token over held-out demonstrations."""
     token_count = sum(len(row.response) for row in rows)
+    mine = rows[parallel.share(len(rows))]
+    size = math.ceil(cfg.batch_size / cfg.accumulation)
     total = 0.0
-    with torch.no_grad():
-        for first in range(0, len(rows), batch_size):
-            ids, mask = make_batch(rows[first:first + batch_size], end_token)
+    with torch.no_grad(), parallel.precision(cfg):
+        for first in range(0, len(mine), size):
+            ids, mask = make_batch(mine[first:first + size], end_token, cfg.device)
             total += batch_loss(policy, ids, mask, token_count).item()
-    return total
+    return parallel.add_numbers({"loss": total}, policy.wte.weight.device)["loss"]
 
 
 def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer, cfg: SFTConfig,
@@ -170,56 +183,58 @@ def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer,
         response = made.ids[row, len(prompt):made.lengths[row]].tolist()
         text = tokenizer.decode(prompt) + tokenizer.decode(response)
         lines.append("  " + text.replace("\n", " | "))
-    return f"step {step}\n" + "\n".join(lines) + "\n"
+    return f"step {step}\n" + "\n".join(lines)
 
 
 # ---- main ----------------------------------------------------------------------------------------
+
+def save(policy: GPT2, tokenizer: Tokenizer, out: str) -> None:
+    """Write the fine-tuned model and its tokenizer."""
+    tokenizer.save(out, policy.config.n_positions)
+    policy.save_pretrained(out)
+
 
 def main(cfg: SFTConfig) -> dict:
     """Fine-tune and save; returns the last row of metrics."""
     folder = find_folder(cfg.model)
     check_output(cfg.out, folder)
-    policy, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
+    parallel.start(cfg.device)
+    policy, tokenizer = GPT2.from_pretrained(folder).to(cfg.device), Tokenizer.load(folder)
     check_tokenizer(policy, tokenizer, folder)
-    limit = policy.config.n_positions
-    rows = collect(cfg, folder, tokenizer, limit)
-    longest_prompt = limit - cfg.max_new_tokens
+    policy.checkpointing = cfg.checkpointing
+    rows = collect(cfg, folder, tokenizer, policy.config.n_positions)
+    longest_prompt = policy.config.n_positions - cfg.max_new_tokens
     held_out, train = rows[:cfg.held_out], rows[cfg.held_out:]
     samplable = [row for row in held_out if len(row.prompt) <= longest_prompt]
-
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    metrics = MetricsFile(cfg.out, ["step", "loss", "held_out_loss", "grad_norm", "lr"])
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                  fused=True)
     total_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
-    before = evaluate(policy, held_out, cfg.batch_size, tokenizer.end_token)
-    print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
-          f"held-out loss before {before:.3f}", flush=True)
-    step, samples = 0, []
-    for epoch in range(cfg.epochs):
-        order = torch.randperm(len(train), generator=random_stream(cfg.seed, 0, epoch))
-        for batch in order.split(cfg.batch_size):
+    inputs = {"--model": fingerprint(policy), "--data": fingerprint(rows)}
+    with RunFolder(cfg, total_steps, METRICS, inputs) as run_folder:
+        if run_folder.finished:
+            return run_folder.row
+        before = evaluate(policy, held_out, cfg, tokenizer.end_token)
+        print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
+              f"held-out loss before {before:.3f}", flush=True)
+        run_folder.restore(policy, optimizer)
+        for step in range(run_folder.step, total_steps):
             lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "cosine")
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            batch = batch_order(len(train), cfg.batch_size, cfg.seed, step)         # (B,)
             loss, grad_norm = train_step(policy, optimizer, [train[i] for i in batch], cfg,
                                          tokenizer.end_token, f"step {step}")
-            step += 1
-            due = step % cfg.eval_every == 0 or step == total_steps
-            row = {"step": step, "loss": loss, "held_out_loss": "", "grad_norm": grad_norm,
-                   "lr": lr}
-            if due:
-                row["held_out_loss"] = evaluate(policy, held_out, cfg.batch_size,
-                                                tokenizer.end_token)
-                print(f"  step {step:4d}/{total_steps}  loss {loss:.3f}  "
+            row = dict.fromkeys(METRICS, "")
+            row.update(step=step + 1, loss=loss, grad_norm=grad_norm, lr=lr)
+            if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:
+                row["held_out_loss"] = evaluate(policy, held_out, cfg, tokenizer.end_token)
+                print(f"  step {step + 1:4d}/{total_steps}  loss {loss:.3f}  "
                       f"held out {row['held_out_loss']:.3f}", flush=True)
                 if samplable:
-                    samples.append(write_samples(policy, samplable, tokenizer, cfg, step))
-                    print(samples[-1], end="", flush=True)
-            metrics.write(row)
-    tokenizer.save(cfg.out, policy.config.n_positions)
-    write_atomically(os.path.join(cfg.out, "samples.txt"), "".join(samples).encode("utf-8"))
-    metrics.finish()
-    policy.save_pretrained(cfg.out)
-    return row
+                    run_folder.sample(write_samples(policy, samplable, tokenizer, cfg, step + 1))
+            run_folder.end_step(step + 1, row, policy, optimizer)
+        run_folder.publish(save, policy, tokenizer, cfg.out)
+    return run_folder.row
 
 
 if __name__ == "__main__":

@@ -205,6 +205,11 @@ def map_tensor(mapping: mmap.mmap, entry: Entry, data_start: int, path: str) -> 
 
 
 def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, without its metadata; see `read_with_metadata`."""
+    return read_with_metadata(path)[0]
+
+
+def read_with_metadata(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file; tensors keep the dtype and the names they have in the file.
 
     The file is mapped copy-on-write: data are read when they are used, and changing a tensor does
@@ -213,7 +218,7 @@ def read_safetensors(path: str) -> dict[str, torch.Tensor]:
 
     Example: the 80 bytes of `(64).to_bytes(8, "little")`, of the header
     `{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}` filled with spaces to 64 bytes, and
-    of 1.0 and 2.0 as little-endian float32, read as `{"a": tensor([1., 2.])}`.
+    of 1.0 and 2.0 as little-endian float32, read as `{"a": tensor([1., 2.])}` and `{}`.
     Raises: `ValueError` naming the file for anything that is not exactly such a file.
     Source: https://github.com/huggingface/safetensors/blob/v0.4.5/README.md#format
     """
@@ -226,9 +231,11 @@ def read_safetensors(path: str) -> dict[str, torch.Tensor]:
         data = file.read(length)
         if data[:1] != b"{":
             raise ValueError(f"{path}: not a safetensors file: its header does not begin with {{")
-        entries = check_header(parse_json(data, path), size - 8 - length, path)
+        header = parse_json(data, path)
+        entries = check_header(header, size - 8 - length, path)
         mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    return {entry.name: map_tensor(mapping, entry, 8 + length, path) for entry in entries}
+    tensors = {entry.name: map_tensor(mapping, entry, 8 + length, path) for entry in entries}
+    return tensors, header.get("__metadata__", {})
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -562,7 +562,7 @@ def test_dropout_in_the_update_is_noticed():
     batch = rollout(networks, ref_policy, share_of_red, toy_tokenizer(), ragged_prompts(8),
                     ppo_config(), 0.02, 3)
     networks.policy.ln_f.on = True
-    with pytest.raises(ValueError, match="iteration 3: the first ratio is off 1"):
+    with pytest.raises(ValueError, match="iteration 3, step 0: the first ratio is off 1"):
         update(networks, torch.optim.SGD(networks.parameters(), lr=0.1), batch, ppo_config(), 3)
 
 
@@ -634,7 +634,8 @@ def slow_update(networks: PolicyWithValue, optimizer, batch: Rollout, cfg, itera
             "clipfrac": sum(abs(r - 1) > cfg.cliprange for r, *_ in tokens) / count,
             "pg_loss": sum(token[1] for token in tokens) / count,
             "vf_loss": sum(token[2] for token in tokens) / count,
-            "ratio_max": max(r for r, *_ in tokens), "grad_norm": sum(grad_norms) / len(grad_norms)}
+            "ratio_first": 0.0, "ratio_max": max(r for r, *_ in tokens),
+            "grad_norm": sum(grad_norms) / len(grad_norms)}
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -645,7 +646,7 @@ def test_update_equals_a_slow_reference_on_a_ragged_batch(critic):
     twin = copy.deepcopy(networks)
     found = update(networks, torch.optim.SGD(networks.parameters(), lr=0.3), batch, cfg, 5)
     expected = slow_update(twin, torch.optim.SGD(twin.parameters(), lr=0.3), batch, cfg, 5)
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert found["clipfrac"] > 0 and found["kl_old"] > 1e-3 and found["grad_norm"] > 0.5
     for one, other in zip(networks.parameters(), twin.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -673,7 +674,7 @@ def test_measure_equals_a_slow_reference_on_a_ragged_batch():
         "rewards": sum(row.sum().item() for row in batch.rewards) / 9, "kl_ref": sum(kl) / 9,
         "entropy": sum(entropy) / len(entropy),
         "explained_var": 1 - variance(errors) / variance(returns),
-        "response_len": sum(response_lengths) / 9,
+        "advantage_std": variance(errors) ** 0.5, "response_len": sum(response_lengths) / 9,
         "end_rate": sum(batch.ended.tolist()) / 9}, rel=1e-4)
     assert measure(batch, None)["gold"] == ""
 

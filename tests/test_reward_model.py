@@ -170,7 +170,7 @@ def test_pairs_are_scored_in_order_chosen_first():
         [slow_score(model, row.prompt + row.chosen) for row in pairs], abs=1e-5)
     assert rejected.tolist() == pytest.approx(
         [slow_score(model, row.prompt + row.rejected) for row in pairs], abs=1e-5)
-    margins = held_out_margins(model, pairs, 3, END)     # 3 + 3 + 1 pairs
+    margins = held_out_margins(model, pairs, reward_config(batch_size=3), END)     # 3 + 3 + 1 pairs
     torch.testing.assert_close(margins, chosen - rejected, atol=1e-5, rtol=0)
 
 
@@ -237,7 +237,8 @@ def test_the_reward_model_separates_held_out_comparisons():
         fresh.append(Comparison(encode_prompt(tokenizer, f"Prompt: {row['prompt']}\nResponse:"),
                                 encode_response(tokenizer, row["chosen"]),
                                 encode_response(tokenizer, row["rejected"])))
-    margins = held_out_margins(ScalarModel.from_pretrained(reward_folder()), fresh, 16, END)
+    margins = held_out_margins(ScalarModel.from_pretrained(reward_folder()), fresh, reward_config(),
+                               END)
     assert accuracy(margins) > 0.95
 
 
@@ -245,7 +246,8 @@ def test_the_held_out_figures_are_those_of_the_saved_model():
     cfg = reward_config()
     rows = quietly(collect, cfg, toy_tokenizer(), 32)
     _, test = split_by_prompt(rows, cfg.held_out)
-    margins = held_out_margins(ScalarModel.from_pretrained(reward_folder()), test, 7, END)
+    margins = held_out_margins(ScalarModel.from_pretrained(reward_folder()), test,
+                               reward_config(batch_size=7), END)
     last = read_metrics(reward_folder())[-1]
     assert last["held_out_accuracy"] == pytest.approx(accuracy(margins))
 

@@ -83,7 +83,8 @@ def test_batch_loss_equals_one_token_at_a_time():
     expected = -sum(slow_log_probability(model, row) for row in rows) / count
     found = batch_loss(model, *make_batch(rows, END), count).item()
     assert found == pytest.approx(expected, rel=1e-5)
-    assert evaluate(model, rows, 3, END) == pytest.approx(expected, rel=1e-5)      # 3 + 3 + 1 rows
+    in_parts = evaluate(model, rows, sft_config(batch_size=3), END)     # 3 + 3 + 1 rows
+    assert in_parts == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_end_token_gets_gradient_and_prompt_and_padding_get_none():
@@ -110,7 +111,8 @@ def test_accumulation_changes_neither_loss_nor_gradient(accumulation):
         cfg = sft_config(accumulation=parts, max_grad_norm=1e9)
         results.append(train_step(model, optimizer, rows, cfg, END, "step 0"))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
-    assert results[0][0] == pytest.approx(evaluate(first, rows, 7, END), rel=1e-5)
+    held_out = evaluate(first, rows, sft_config(batch_size=7), END)
+    assert results[0][0] == pytest.approx(held_out, rel=1e-5)
     for one, other in zip(first.parameters(), second.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
@@ -154,8 +156,8 @@ def test_sft_learns_the_demonstrations():
     rows = [Demonstration(encode_prompt(tokenizer, f"Prompt: {row['prompt']}\nResponse:"),
                           encode_response(tokenizer, row["response"]))
             for row in demonstrations(50, seed=99)]
-    before = evaluate(GPT2.from_pretrained(base_folder()), rows, 16, tokenizer.end_token)
-    after = evaluate(model, rows, 16, tokenizer.end_token)
+    before = evaluate(GPT2.from_pretrained(base_folder()), rows, sft_config(), END)
+    after = evaluate(model, rows, sft_config(), END)
     assert before > 5 and after < 1.6                    # log 3 for a colour, some for the length
 
 
@@ -175,7 +177,7 @@ def test_the_held_out_loss_is_that_of_the_saved_model():
     tokenizer = toy_tokenizer()
     rows = [Demonstration(encode_prompt(tokenizer, f"Prompt: {row['prompt']}\nResponse:"),
                           encode_response(tokenizer, row["response"])) for row in rows]
-    found = evaluate(GPT2.from_pretrained(sft_folder()), rows, 5, END)
+    found = evaluate(GPT2.from_pretrained(sft_folder()), rows, sft_config(batch_size=5), END)
     assert read_metrics(sft_folder())[-1]["held_out_loss"] == pytest.approx(found, rel=1e-4)
 
 

@@ -1,0 +1,127 @@
+"""Devices, precision, and several processes: torch.distributed in a few plain functions.
+
+    torchrun --nproc_per_node=2 -m minirlhf.ppo        # and sft, reward_model
+
+Every process holds all the networks and computes its share of the rows. What the shares give is
+put together (`gather_rows`), so that whitening, metrics and KL control see the whole batch, and
+gradients are added up (`add_gradients`). All random numbers are named by their place in the run,
+not by a process: N processes draw the samples and the minibatches that one would draw. With one
+process every function here gives back what it was given.
+
+Only process 0 prints and writes files. Imports nothing of ours but the checks.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from minirlhf.common import check, check_choice
+
+
+# ---- device and precision ------------------------------------------------------------------------
+
+def check_hardware(config) -> None:
+    """Check the fields `device` and `dtype`, before anything is loaded."""
+    check_choice(config, "device", ("cpu", "cuda", "mps"))
+    check_choice(config, "dtype", ("float32", "bfloat16"))
+    check(config.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch finds no "
+          "CUDA device; use --device cpu, or install a PyTorch that is built for your GPU")
+    check(config.device != "mps" or torch.backends.mps.is_available(), "--device mps: PyTorch "
+          "finds no Apple GPU; use --device cpu")
+
+
+def precision(config) -> contextlib.AbstractContextManager:
+    """Within it matrix products are computed in `config.dtype`; weights and sums stay float32.
+
+    careful: pure bfloat16 weights have 8 bits. Around 0.02 they are 1.2e-4 apart, so a step of 1e-5
+    would be rounded away. Here the optimiser adds to float32 weights, and each forward pass uses
+    their rounded copies. Leave the context before the next optimiser step: it keeps those copies.
+    """
+    return torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+def start(device: str) -> torch.device:
+    """Join the processes that torchrun started, if it did; returns this process's device."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return torch.device(device)
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(total: int) -> slice:
+    """This process's part of `total` rows; the parts are contiguous and differ by at most one row.
+
+    Example: process 1 of 2 has rows 4 to 8 of 9.
+    """
+    return slice(total * rank() // processes(), total * (rank() + 1) // processes())
+
+
+def add_gradients(parameters) -> None:
+    """Replace every gradient by its sum over the processes.
+
+    Each process's loss is its rows' part of the whole batch's mean, so the sum is the gradient of
+    the whole batch's loss: the average, in other words, of what the processes have.
+    """
+    if processes() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:                       # this process had no rows
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def add(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over the processes."""
+    if processes() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def add_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The sums of named numbers over the processes."""
+    if processes() == 1:
+        return numbers
+    return dict(zip(numbers, add(torch.tensor(list(numbers.values()), device=device)).tolist()))
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest of the processes' values."""
+    if processes() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def gather_rows(part: torch.Tensor, total: int, fill: int = 0) -> torch.Tensor:
+    """The rows of all processes, in order: (total, ...), from this one's `share(total)` of them.
+
+    Rows (b, T) of processes whose T differ are filled up with `fill` to the longest.
+    """
+    if processes() == 1:
+        return part
+    numbers = part.to(torch.uint8) if part.dtype == torch.bool else part
+    if part.dim() == 2:
+        width = largest(part.shape[1], part.device)
+        numbers = torch.nn.functional.pad(numbers, (0, width - part.shape[1]), value=fill)
+    whole = torch.zeros(total, *numbers.shape[1:], dtype=numbers.dtype, device=part.device)
+    whole[share(total)] = numbers
+    return add(whole).to(part.dtype)                     # every other process has zeros there
