@@ -51,6 +51,26 @@ class GPT2Config:
               f"GPT-2 config: n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 
 
+# ---- matrix products -----------------------------------------------------------------------------
+
+# the operator behind torch.compile's linear layers on a CPU; it has no gradient
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FEWEST_ROWS, SMALLEST_WEIGHT = 4, 1 << 18    # below these F.linear is as fast or faster
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` where no gradient is needed: x (N, in), weight (out, in) -> (N, out).
+
+    On some CPUs the library behind F.linear takes twice as long as oneDNN, which PyTorch also has,
+    for a few rows (a decoding step) and for GPT-2's wide unembedding. Elsewhere it is F.linear.
+    """
+    suits = (ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+             and len(x) >= FEWEST_ROWS and weight.numel() >= SMALLEST_WEIGHT)
+    if not suits or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 # ---- the network --------------------------------------------------------------------------------
 
 class Conv1D(nn.Module):
@@ -63,7 +83,10 @@ class Conv1D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])                                # (rows, in)
-        y = torch.addmm(self.bias, flat, self.weight)                    # (rows, out)
+        if torch.is_grad_enabled():
+            y = torch.addmm(self.bias, flat, self.weight)                # (rows, out)
+        else:
+            y = product(flat, self.weight.T, self.bias)                  # (rows, out)
         return y.view(*x.shape[:-1], y.shape[1])                         # (..., out)
 
 
@@ -156,7 +179,9 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., V), through the transposed token embedding."""
-        return F.linear(hidden, self.wte.weight)
+        if torch.is_grad_enabled() or hidden.dim() != 2:
+            return F.linear(hidden, self.wte.weight)
+        return product(hidden, self.wte.weight, None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) -> logits (B, T, V); logits[:, t] predict ids[:, t+1]."""
@@ -295,7 +320,7 @@ class ActionLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, unembedding, actions, temperature):
-        table = F.linear(states, unembedding)                            # (N, V) logits
+        table = product(states, unembedding, None)                       # (N, V) logits
         N, V = table.shape
         number = torch.promote_types(table.dtype, torch.float32)
         chosen = torch.empty(N, dtype=number, device=table.device)       # (N,)

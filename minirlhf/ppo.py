@@ -78,7 +78,7 @@ class PPOConfig:
     lam: float = 0.95                   # GAE's lambda (Ziegler et al.)
     kl_coef: float = 0.2                # weight of kl_ref, beta in papers (0.02 in InstructGPT)
     kl_target: float = 0.0              # > 0: adapt kl_coef to this kl_ref, nats a response
-    kl_horizon: float = 10_000          # responses over which the adaptation works (Ziegler et al.)
+    kl_horizon: float = 10_000.0        # responses over which the adaptation works (Ziegler et al.)
     cliprange: float = 0.2              # ratio clip (Schulman et al. 2017)
     cliprange_value: float = 0.2        # how far a value may move from the old one in an update
     vf_coef: float = 0.1                # weight of the value loss (Ziegler et al.)

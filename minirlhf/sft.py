@@ -176,8 +176,9 @@ def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer,
                   step: int) -> str:
     """Responses to a few held-out prompts, as text."""
     prompts = [row.prompt for row in rows[:4]]
-    made = generate(policy, prompts, cfg.max_new_tokens, end_token=tokenizer.end_token,
-                    generator=random_stream(cfg.seed, 1, step))
+    with parallel.precision(cfg):
+        made = generate(policy, prompts, cfg.max_new_tokens, end_token=tokenizer.end_token,
+                        generator=random_stream(cfg.seed, 1, step))
     lines = []
     for row, prompt in enumerate(prompts):
         response = made.ids[row, len(prompt):made.lengths[row]].tolist()

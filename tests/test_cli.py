@@ -252,6 +252,8 @@ def test_configs_are_frozen_and_validate_what_they_are_given(name):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().seed = 1
     assert set(field_comments(config)) == {field.name for field in dataclasses.fields(config)}
+    for field in dataclasses.fields(config):             # the command line takes the default's type
+        assert field.type is type(field.default), field.name
 
 
 # ---- source --------------------------------------------------------------------------------------
