@@ -3,6 +3,8 @@
     python -m minirlhf            # about two minutes on two CPU cores, without network
     python -m minirlhf --quick    # under a minute, clearly worse: to see that everything runs
 
+When it is stopped, the same command goes on where it was.
+
 In:  the shipped base model, checkpoints/tiny. Out, under checkpoints/: the folders `sft`,
      `reward_model`, `reward_model_2`, `ppo`, the comparisons, `report.json` and `curves.png`.
 
@@ -17,12 +19,12 @@ import time
 from dataclasses import asdict, dataclass, fields
 
 from minirlhf import ppo, reward_model, sft
-from minirlhf.common import check_range, run
+from minirlhf.common import Stopped, check, check_range, run
 from minirlhf.evaluate import (cell, describe, gold_figures, judge_answers, kl_to_reference,
                                load_policy, read_prompts, sample_answers, side_by_side, table)
 from minirlhf.plots import pipeline_picture
 from minirlhf.rewards import load_reward
-from minirlhf.weights import write_atomically, write_json
+from minirlhf.weights import read_json, write_atomically, write_json
 from minirlhf.world import comparisons
 
 
@@ -59,15 +61,35 @@ def command(module: str, cfg) -> str:
     for field in fields(cfg):
         value = getattr(cfg, field.name)
         if value != field.default:
-            words.append(f"--{field.name} {value}")
+            words.append(f"--{field.name}" if value is True else f"--{field.name} {value}")
     return " ".join(words)
 
 
 class Clock:
-    """Announces stages and remembers how many seconds each took."""
+    """Announces stages and remembers how many seconds each took, in a file: pipeline.json.
 
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
+    While that file is there the pipeline is not finished, and `resume` says so: the stages go on
+    where they were, and those that are finished are left as they are.
+    """
+
+    def __init__(self, cfg: PipelineConfig, plan: Plan):
+        self.path = os.path.join(cfg.out, "pipeline.json")
+        self.options = {"base": cfg.base, "seed": cfg.seed, **asdict(plan)}
+        self.resume, self.seconds = os.path.exists(self.path), {}
+        if self.resume:
+            found = read_json(self.path)
+            check(isinstance(found.get("seconds"), dict) and found.get("options") == self.options,
+                  f"{cfg.out} holds a pipeline that is not finished, with the options "
+                  f"{found.get('options')}: go on with those, name another folder by --out, or "
+                  f"delete {self.path}")
+            self.seconds = found["seconds"]
+            print(f"going on with the pipeline in {cfg.out}; finished: "
+                  f"{', '.join(self.seconds) or 'no stage'}", flush=True)
+        self.keep()
+
+    def keep(self) -> None:
+        """Write the file."""
+        write_json(self.path, {"options": self.options, "seconds": self.seconds})
 
     def start(self, name: str, text: str) -> None:
         """Print the heading of a stage and start its time."""
@@ -75,27 +97,29 @@ class Clock:
         print(f"\n=== {text}", flush=True)
 
     def stop(self) -> None:
-        """Add the time since `start` to the stage."""
-        self.seconds[self.name] = time.perf_counter() - self.started
+        """Note the time since `start`; of a stage that was finished before, the earlier time."""
+        self.seconds.setdefault(self.name, time.perf_counter() - self.started)
+        self.keep()
         print(f"    ({self.seconds[self.name]:.0f} s)", flush=True)
 
 
 def train(cfg: PipelineConfig, plan: Plan, clock: Clock) -> tuple[list[str], list[dict]]:
     """Run the three stages; returns the reward models' folders and their last metrics."""
     sft_cfg = sft.SFTConfig(model=cfg.base, examples=plan.demonstrations, seed=cfg.seed,
-                            out=os.path.join(cfg.out, "sft"))
+                            resume=clock.resume, out=os.path.join(cfg.out, "sft"))
     clock.start("sft", f"1. SFT: {command('sft', sft_cfg)}")
     sft.main(sft_cfg)
     clock.stop()
 
     path = os.path.join(cfg.out, "comparisons.jsonl")
     clock.start("comparisons", "2a. comparisons: the SFT model answers, the gold judge chooses")
-    records = comparisons(plan.comparisons, cfg.seed, sft_cfg.out)
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8"))
-    first = records[0]
-    print(f"{len(records)} comparisons, in {path}; the first: {first['prompt']!r}\n"
-          f"  chosen   {first['chosen']!r}\n  rejected {first['rejected']!r}")
+    if "comparisons" not in clock.seconds:
+        records = comparisons(plan.comparisons, cfg.seed, sft_cfg.out)
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8"))
+        first = records[0]
+        print(f"{len(records)} comparisons, in {path}; the first: {first['prompt']!r}\n"
+              f"  chosen   {first['chosen']!r}\n  rejected {first['rejected']!r}")
     clock.stop()
 
     folders, figures = [], []
@@ -104,14 +128,14 @@ def train(cfg: PipelineConfig, plan: Plan, clock: Clock) -> tuple[list[str], lis
         rm_cfg = reward_model.RewardModelConfig(
             model=sft_cfg.out, data=path, comparisons=plan.comparisons,
             held_out=plan.comparisons // 10, seed=100 * cfg.seed + number,
-            out=os.path.join(cfg.out, name))
+            resume=clock.resume, out=os.path.join(cfg.out, name))
         clock.start(name, f"2b. reward model: {command('reward_model', rm_cfg)}")
         figures.append(reward_model.main(rm_cfg))
         folders.append(rm_cfg.out)
         clock.stop()
 
     ppo_cfg = ppo.PPOConfig(model=sft_cfg.out, reward=",".join(folders), ensemble="min",
-                            iterations=plan.iterations, seed=cfg.seed,
+                            iterations=plan.iterations, seed=cfg.seed, resume=clock.resume,
                             out=os.path.join(cfg.out, "ppo"))
     clock.start("ppo", f"3. PPO: {command('ppo', ppo_cfg)}")
     ppo.main(ppo_cfg)
@@ -170,12 +194,16 @@ def make_report(cfg: PipelineConfig, plan: Plan, found: dict, rm_figures: list[d
 
 def main(cfg: PipelineConfig) -> dict:
     """Run everything; returns what report.json holds."""
-    plan, clock = QUICK if cfg.quick else Plan(), Clock()
+    plan = QUICK if cfg.quick else Plan()
     load_policy(cfg.base)                                # fail now, not after the first stage
+    clock = Clock(cfg, plan)
     if cfg.quick:
         print("--quick: small data and few steps. Everything runs, but the results are clearly "
               "worse than those of python -m minirlhf")
-    rm_folders, rm_figures = train(cfg, plan, clock)
+    try:
+        rm_folders, rm_figures = train(cfg, plan, clock)
+    except Stopped as stop:
+        raise Stopped("stopped, with a checkpoint; the same command goes on", stop.signal) from None
 
     clock.start("evaluation", f"4. evaluation: {plan.prompts} held-out prompts, {plan.answers} "
                 "answers to each from each policy")
@@ -188,6 +216,7 @@ def main(cfg: PipelineConfig) -> dict:
     report = make_report(cfg, plan, found, rm_figures, clock.seconds)
     path = os.path.join(cfg.out, "report.json")
     write_json(path, report)
+    os.unlink(clock.path)
     print("\n=== samples: held-out prompts, gold score in brackets")
     for sample in found["samples"]:
         print(sample["prompt"].replace("\n", " | "))

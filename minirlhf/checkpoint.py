@@ -224,9 +224,7 @@ class RunFolder:
         check(state["command"] == self.command, f"{self.path} is of a run of {state['command']}, "
               f"expected one of {self.command}; name another folder by --out")
         self.check_config(state["config"], self.path)
-        changed = [name for name in self.inputs if state["inputs"].get(name) != self.inputs[name]]
-        check(not changed, f"--resume: {', '.join(changed)} changed since the run began; put it "
-              f"back, or delete {self.path} to start over")
+        self.check_inputs(state["inputs"])
         check(state["step"] <= self.total, f"{self.path}: {state['step']} steps of {self.total}")
         here = (torch.get_num_threads(), torch.__version__)
         if (state["threads"], state["torch"]) != here:
@@ -245,6 +243,7 @@ class RunFolder:
             print(f"{self.folder} holds nothing to resume: starting from the beginning")
             return
         self.check_config(found.get("config"), path)
+        self.check_inputs(found.get("inputs"))
         check(isinstance(found.get("row"), dict), f"{path}: expected a row of metrics")
         self.row, self.finished = found["row"], True
         print(f"{self.folder} holds the finished run: nothing to do")
@@ -258,6 +257,13 @@ class RunFolder:
                      if name not in MAY_CHANGE and saved.get(name) != now.get(name)]
         check(not differing, f"--resume: {'; '.join(differing)}. Go on with the options that the "
               f"run in {self.folder} began with, or name another folder by --out")
+
+    def check_inputs(self, saved) -> None:
+        """Refuse other weights or data than the run began with."""
+        saved = saved if isinstance(saved, dict) else {}
+        changed = [name for name in self.inputs if saved.get(name) != self.inputs[name]]
+        check(not changed, f"--resume: {', '.join(changed)} changed since the run in {self.folder} "
+              "began; put it back, or start over in another folder")
 
     def restore(self, networks: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the state's weights and moments back, if there is a state."""
@@ -304,7 +310,7 @@ class RunFolder:
         if not self.writer:
             return
         run = {"command": self.command, "finished": False, "config": asdict(self.cfg),
-               "row": self.row}
+               "inputs": self.inputs, "row": self.row}
         write_json(os.path.join(self.folder, RUN_FILE), run)
         save(*arguments)
         for file in (self.metrics, self.samples):

@@ -575,8 +575,7 @@ def main(cfg: PPOConfig) -> dict:
     networks, ref_policy = make_networks(cfg)
     policy, tokenizer = networks.policy, Tokenizer.load(find_folder(cfg.model))
     check_tokenizer(policy, tokenizer, cfg.model)
-    reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer, cfg.device,
-                                  math.ceil(cfg.minibatch_size / cfg.accumulation))
+    reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer, cfg.device)
     frozen = [ref_policy]
     if isinstance(reward_function, ModelReward):
         frozen += reward_function.models

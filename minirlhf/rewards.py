@@ -26,27 +26,23 @@ def is_function(spec: str) -> bool:
 
 
 class ModelReward:
-    """Scores by one reward model, or by several that vote; at most `rows` responses at a time."""
+    """Scores by one reward model, or by several that vote."""
 
-    def __init__(self, models: list[ScalarModel], how: str, rows: int = 64):
-        self.models, self.how, self.rows = models, how, rows
+    def __init__(self, models: list[ScalarModel], how: str):
+        self.models, self.how = models, how
 
     def __call__(self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor,
                  tokenizer: Tokenizer) -> torch.Tensor:
         """ids (B, T), lengths (B,) -> scores (B,)."""
-        parts = []
-        for part, part_lengths in zip(ids.split(self.rows), lengths.split(self.rows)):
-            parts.append(torch.stack([model.score(part, part_lengths) for model in self.models]))
-        votes = torch.cat(parts, dim=1)                                             # (models, B)
+        votes = torch.stack([model.score(ids, lengths) for model in self.models])   # (models, B)
         return votes.mean(dim=0) if self.how == "mean" else votes.min(dim=0).values
 
 
-def load_reward(spec: str, ensemble: str, tokenizer: Tokenizer, device: str = "cpu",
-                rows: int = 64):
+def load_reward(spec: str, ensemble: str, tokenizer: Tokenizer, device: str = "cpu"):
     """The function ids (B, T), prompt_lengths (B,), lengths (B,), tokenizer -> scores (B,).
 
     `spec` is a reward-model folder, several joined by commas, or `module:function`. Reward models
-    compute on `device`, `rows` responses at a time.
+    compute on `device`.
     """
     if is_function(spec):
         return load_function(spec)
@@ -57,4 +53,4 @@ def load_reward(spec: str, ensemble: str, tokenizer: Tokenizer, device: str = "c
         check(Tokenizer.load(folder).merges == tokenizer.merges, f"{folder}: the reward model's "
               "tokenizer is not the policy's; train it from this SFT model")
         models.append(model)
-    return ModelReward(models, ensemble, rows)
+    return ModelReward(models, ensemble)

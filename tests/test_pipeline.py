@@ -41,6 +41,36 @@ def test_the_report_holds_what_programs_are_promised(report_folder):
     assert {"sft", "comparisons", "reward_model", "ppo", "evaluation"} <= set(report["seconds"])
 
 
+@pytest.mark.parametrize("module, function, calls", [
+    ("reward_model", "publish", 2), ("ppo", "rollout", 2)])
+def test_a_stopped_pipeline_goes_on_to_the_same_report(report_folder, tmp_path, monkeypatch, capsys,
+                                                       module, function, calls):
+    owner = pipeline.ppo if module == "ppo" else pipeline.reward_model.RunFolder
+    original, count = getattr(owner, function), 0
+
+    def failing(*arguments):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(pipeline, "QUICK", SMALLEST)
+    cfg = pipeline.PipelineConfig(base=TINY, out=str(tmp_path), quick=True, seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, failing)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.main(cfg)
+    with pytest.raises(ValueError, match="holds a pipeline that is not finished"):
+        pipeline.main(pipeline.PipelineConfig(base=TINY, out=str(tmp_path), quick=True, seed=4))
+    capsys.readouterr()
+    pipeline.main(cfg)
+    assert "going on with the pipeline" in capsys.readouterr().out
+    found, expected = read_report(str(tmp_path)), read_report(report_folder)
+    assert found.pop("seconds").keys() == expected.pop("seconds").keys() and found == expected
+    assert not os.path.exists(tmp_path / "pipeline.json")
+
+
 def test_sft_teaches_the_base_to_answer(report_folder):
     report = read_report(report_folder)
     assert report["answered"]["sft"] > report["answered"]["base"]
