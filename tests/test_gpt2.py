@@ -2,12 +2,14 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirlhf import gpt2
 from minirlhf.common import random_stream
@@ -1044,3 +1046,94 @@ def test_bad_input_exits_with_2_and_one_sentence(tmp_path):
     lines = done.stderr.decode().strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and "nowhere" in lines[0]
+
+
+# ---- products and tables -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_a_product_without_gradient_is_the_plain_one(rows):
+    weight, bias = torch.randn(600, 700), torch.randn(600)           # large enough for oneDNN
+    x = torch.randn(rows, 700)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    for inner in (weight, weight.T.contiguous().T):      # as the unembedding lies, and as Conv1D's
+        with torch.no_grad():
+            found = gpt2.product(x, inner, bias)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert gpt2.product(x.requires_grad_(), weight, None).requires_grad
+
+
+@pytest.mark.skipif(not gpt2.ONEDNN, reason="this PyTorch has no oneDNN")
+def test_only_large_products_of_several_rows_without_gradient_take_the_other_way():
+    calls = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            calls.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    def taken(rows: int, columns: int, grad: bool) -> bool:
+        calls.clear()
+        with torch.set_grad_enabled(grad), Watch():
+            gpt2.product(torch.randn(rows, columns), torch.randn(600, columns), None)
+        return any("_linear_pointwise" in call for call in calls)
+
+    assert taken(8, 700, False)
+    assert not taken(8, 700, True) and not taken(1, 700, False) and not taken(8, 70, False)
+
+
+class TableWatch(TorchDispatchMode):
+    """Counts how many numbers of tensors with V columns are alive at once, at most."""
+
+    def __init__(self, V: int):
+        super().__init__()
+        self.V, self.alive, self.most = V, {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and self.V in tensor.shape:
+                storage = tensor.untyped_storage()
+                self.alive[storage.data_ptr()] = weakref.ref(tensor), storage.nbytes() // 4
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items()
+                      if ref() is not None}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def most_table_numbers(function, N: int, V: int) -> float:
+    """The most (N, V) tables that are alive at once in forward and backward, in tables.
+
+    The unembedding's own gradient, (V, C), is the same for both forms and is left out: C is small.
+    """
+    states = torch.randn(N, 2, requires_grad=True)
+    unembedding = torch.randn(V, 2, requires_grad=True)
+    actions = torch.randint(V, (N,))
+    with TableWatch(V) as watch:
+        chosen, _ = function(states, unembedding, actions, 0.7)
+        chosen.sum().backward()
+    return watch.most / (N * V)
+
+
+def test_the_table_of_rows_and_vocabulary_never_exists_twice(monkeypatch):
+    N, V = 64, 1000
+    monkeypatch.setattr(gpt2.ActionLogprobs, "BLOCK", 2 * V)         # blocks of two rows
+    assert most_table_numbers(gpt2.plain_action_logprobs, N, V) > 2
+    assert most_table_numbers(gpt2.ActionLogprobs.apply, N, V) < 1.3    # the table and its blocks
+
+
+@pytest.mark.parametrize("block", [1, 70, 1 << 20])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_one_table_gives_values_and_gradients_of_the_plain_form(monkeypatch, block, temperature):
+    monkeypatch.setattr(gpt2.ActionLogprobs, "BLOCK", block)
+    found = []
+    for function in (gpt2.plain_action_logprobs, gpt2.ActionLogprobs.apply):
+        states = torch.randn(9, 4, dtype=torch.double, generator=random_stream(2)) * 3
+        unembedding = torch.randn(30, 4, dtype=torch.double, generator=random_stream(3)) * 3
+        states.requires_grad_(), unembedding.requires_grad_()
+        actions = torch.randint(30, (9,), generator=random_stream(4))
+        chosen, spread = function(states, unembedding, actions, temperature)
+        weights = torch.randn(9, dtype=torch.double, generator=random_stream(5))
+        (chosen * weights).sum().backward()
+        found.append((chosen.detach(), spread.detach(), states.grad, unembedding.grad))
+    for plain, lean in zip(*found):
+        torch.testing.assert_close(plain, lean, rtol=1e-10, atol=1e-12)
