@@ -28,6 +28,8 @@ Choices and deviations:
     `--critic shared` (the lecture) puts a value head on the policy's trunk. Both heads start at 0.
  6. The value loss is clipped and halved and Adam's epsilon is 1e-5, as in Ziegler et al. 2019.
  7. InstructGPT's PPO-ptx term and weight averaging are left out.
+ 8. A minibatch may be computed in parts, by several processes (torchrun): each part's loss is its
+    share of the minibatch's mean, so gradients add up. Whitening and metrics see the whole batch.
 
 Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
 Lecture: lectures/03-ppo.md.
@@ -312,14 +314,14 @@ def score_responses(networks: PolicyWithValue, ref_policy: GPT2, reward_function
                     tokenizer: Tokenizer, made: Generation, mask: torch.Tensor, cfg: PPOConfig):
     """old_logprobs, old_values, entropy, ref_logprobs (B, T-1) each, and scores (B,)."""
     B, mine = len(made.ids), parallel.share(len(made.ids))
-    found: list[list[torch.Tensor]] = [[], [], [], []]
+    parts = []
     for part in row_parts(torch.arange(B), cfg):         # (b,) row numbers
         ids, part_mask = made.ids[part], mask[part]                                 # (b, T)
-        tensors = [*networks(ids, part_mask, cfg.temperature)]                      # 3 x (b, T-1)
+        old_logprobs, old_values, entropy = networks(ids, part_mask, cfg.temperature)
         ref_logprobs, _ = token_logprobs(ref_policy.hidden(ids), ids, part_mask,
                                          ref_policy.wte.weight, cfg.temperature)    # (b, T-1)
-        for parts, tensor in zip(found, [*tensors, ref_logprobs]):
-            parts.append(tensor)
+        parts.append((old_logprobs, old_values, entropy, ref_logprobs))
+    per_token = [parallel.gather_rows(torch.cat(column), B) for column in zip(*parts)]
     scores = reward_function(made.ids[mine], made.prompt_lengths[mine], made.lengths[mine],
                              tokenizer)                                             # (b,)
     shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
@@ -327,7 +329,7 @@ def score_responses(networks: PolicyWithValue, ref_policy: GPT2, reward_function
     check(shape == (mine.stop - mine.start,), f"--reward {cfg.reward} returned {shape}, expected a "
           f"tensor of shape {(mine.stop - mine.start,)}: one score a response")
     scores = parallel.gather_rows(scores.float().to(mask.device), B)                # (B,)
-    return *[parallel.gather_rows(torch.cat(parts), B) for parts in found], scores
+    return *per_token, scores                            # 4 x (B, T-1), (B,)
 
 
 def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokenizer: Tokenizer,
@@ -353,8 +355,8 @@ def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokeni
     return batch
 
 
-# How far apart, in nats, log-probabilities of the same token may be: sums are added in another
-# order. TODO measure
+# How far apart, in nats, two log-probabilities of the same token may be: their sums are added in
+# another order. The largest found in 25 default iterations: 7e-6 with float32, 0.12 with bfloat16.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
 
 
@@ -516,6 +518,8 @@ def collect_prompts(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> list[
     kept, too_long = fit_rows(rows, context - cfg.max_new_tokens)
     print(f"{len(kept)} prompts ({too_long} that leave no room for {cfg.max_new_tokens} new tokens "
           f"in the context of {context} dropped)")
+    check(cfg.minibatch_size >= parallel.processes(), f"--minibatch_size {cfg.minibatch_size} is "
+          f"smaller than the number of processes, {parallel.processes()}")
     check(len(kept) >= cfg.batch_size, f"{cfg.prompts}: {len(kept)} prompts, expected at least the "
           f"--batch_size of {cfg.batch_size}")
     return kept
