@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from minirlhf import ppo
-from minirlhf.common import (learning_rate, masked_mean, random_stream, read_metrics, whiten)
+from minirlhf.common import (clip_gradients, learning_rate, masked_mean, random_stream,
+                             read_metrics, whiten)
 from minirlhf.data import Tokenizer, encode_prompt, response_mask
 from minirlhf.gpt2 import GPT2, GPT2Config, ScalarModel, token_logprobs
 from minirlhf.ppo import (PolicyWithValue, Rollout, adapt_kl_coef, check_invariants, draw_prompts,
                           gae, make_networks, measure, policy_loss, rollout, shaped_rewards,
-                          token_table, update, value_loss)
+                          token_table, train_step, update, value_loss)
 from minirlhf.rewards import load_reward
 
 from helpers import (grad_norm_of, metrics_without_time, ppo_config, quietly, random_reward_folder,
@@ -948,3 +949,39 @@ def test_prompts_that_the_gold_judge_cannot_read_are_refused_before_anything_is_
     with pytest.raises(ValueError, match="gold judge knows only the prompts of the text world"):
         quietly(ppo.main, cfg)
     assert not (tmp_path / "out").exists()
+
+
+# ---- runs that go bad ----------------------------------------------------------------------------
+
+def test_the_first_bad_log_probability_is_named_with_its_row():
+    cfg = ppo_config(batch_size=8, minibatch_size=8, accumulation=4)
+    networks, _, batch = fresh_rollout(cfg)
+    with torch.no_grad():
+        networks.policy.ln_f.bias[0] = math.nan          # in every row
+    order = torch.tensor([5, 2, 0, 7, 1, 3, 4, 6])       # row 5 is the first in the first part
+    first = int(batch.prompt_lengths[5]) - 1
+    with pytest.raises(FloatingPointError,
+                       match=rf"logprobs is not finite at here, index \[5, {first}\]: nan"):
+        train_step(networks, torch.optim.SGD(networks.parameters()), batch, order, cfg, True, "here")
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    layer = torch.nn.Linear(2, 3)
+    layer.weight.grad, layer.bias.grad = torch.ones(3, 2), torch.ones(3)
+    assert clip_gradients(layer, 1.0, "step 4") == pytest.approx(3.0)
+    assert grad_norm_of(layer.parameters()) == pytest.approx(1.0)
+    layer.bias.grad[2] = math.inf
+    with pytest.raises(FloatingPointError,
+                       match=r"gradient of bias is not finite at step 4, index \[2\]: inf"):
+        clip_gradients(layer, 1.0, "step 4")
+    layer.bias.grad = torch.full((3,), 1e38)             # each is finite, their norm is not
+    layer.weight.grad = torch.full((3, 2), 3e38)
+    with pytest.raises(FloatingPointError, match="gradient norm overflows at step 4"):
+        clip_gradients(layer, 1.0, "step 4")
+
+
+def test_several_processes_need_a_row_each(monkeypatch):
+    monkeypatch.setattr(ppo.parallel, "processes", lambda: 5)
+    with pytest.raises(ValueError, match="--minibatch_size 4 is smaller than the number of "
+                                         "processes, 5"):
+        quietly(ppo.collect_prompts, ppo_config(), toy_tokenizer(), 32)
