@@ -11,6 +11,7 @@ process every function here gives back what it was given.
 Only process 0 prints and writes files. Imports nothing of ours but the checks.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -51,6 +52,7 @@ def start(device: str) -> torch.device:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return torch.device(device)
