@@ -1,0 +1,248 @@
+"""The benchmark: its baseline is right, its arithmetic counts right, and how much work is done.
+
+Nothing here is timed. What costs time is counted: passes through the network, and rows of logits.
+"""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import quietly
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from minirlhf import ppo
+from minirlhf.benchmark import arithmetic, machine, naive, report
+from minirlhf.benchmark.__main__ import BenchmarkConfig, main
+from minirlhf.benchmark.setting import (TINY, EndToken, Iterations, Setting, even_tokens,
+                                        random_model, random_prompts)
+from minirlhf.common import random_stream
+from minirlhf.gpt2 import GPT2, GPT2Config, generate, read_config
+from minirlhf.ppo import PolicyWithValue, PPOConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+V = 23                              # a size that nothing else in these networks has
+SMALL = GPT2Config(vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10], [11]]
+
+
+def networks_and_reference() -> tuple[PolicyWithValue, GPT2]:
+    """A policy with a value head that says something, and a reference that is another network."""
+    torch.manual_seed(0)
+    networks, ref_policy = PolicyWithValue(GPT2(SMALL), None), GPT2(SMALL)
+    torch.nn.init.normal_(networks.value_head.weight)
+    return networks, ref_policy
+
+
+def ppo_config(**options) -> PPOConfig:
+    return PPOConfig(**{"model": "", "reward": "even_tokens", "gold": "", "critic": "shared",
+                        "batch_size": 4, "minibatch_size": 4, "max_new_tokens": 20, "lr": 1e-3,
+                        "critic_lr": 1e-3, **options})
+
+
+# ---- the baseline --------------------------------------------------------------------------------
+
+def test_the_baseline_samples_and_scores_as_ppo_does():
+    (networks, ref_policy), cfg, end = networks_and_reference(), ppo_config(), EndToken(V - 1)
+    iteration = 1                   # in iteration 0 ppo insists that the reference is the policy
+    batch = ppo.rollout(networks, ref_policy, even_tokens, end, PROMPTS, cfg, 0.2, iteration)
+    assert batch.ended.any() and not batch.ended.all()      # both kinds of response are compared
+    uniforms = torch.rand(4, 20, generator=random_stream(cfg.seed, 1, iteration),
+                          dtype=torch.float64)
+    responses, _ = naive.rollout(networks, ref_policy, even_tokens, end, PROMPTS, uniforms, cfg, 0.2)
+    for row, response in enumerate(responses):
+        length, mask = batch.lengths[row], batch.response_mask[row]
+        assert response.ids == batch.ids[row, :length].tolist()
+        for name, theirs in (("old_logprobs", response.logprobs), ("old_values", response.values),
+                             ("ref_logprobs", response.ref_logprobs), ("returns", response.returns),
+                             ("advantages", response.advantages)):
+            torch.testing.assert_close(torch.tensor(theirs), getattr(batch, name)[row, mask],
+                                       atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_one_step_of_the_baseline_is_one_step_of_ppo():
+    cfg = ppo_config(batch_size=1, minibatch_size=1, epochs=1)
+    (networks, ref_policy), end = networks_and_reference(), EndToken(V - 1)
+    batch = ppo.rollout(networks, ref_policy, even_tokens, end, PROMPTS[:1], cfg, 0.2, 1)
+    ppo.update(networks, torch.optim.SGD(networks.parameters(), lr=0.1), batch, cfg, 1)
+    other, ref_policy = networks_and_reference()
+    uniforms = torch.rand(1, 20, generator=random_stream(cfg.seed, 1, 1), dtype=torch.float64)
+    responses, _ = naive.rollout(other, ref_policy, even_tokens, end, PROMPTS[:1], uniforms, cfg,
+                                 0.2)
+    naive.update(other, torch.optim.SGD(other.parameters(), lr=0.1), responses, cfg)
+    start, _ = networks_and_reference()
+    for mine, theirs, before in zip(networks.parameters(), other.parameters(), start.parameters()):
+        assert not torch.equal(mine, before)
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+# ---- work, counted -------------------------------------------------------------------------------
+
+class LogitRows(TorchDispatchMode):
+    """Counts the rows that matrix products of (rows, C) with the unembedding make."""
+
+    PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "mkldnn._linear_pointwise")
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if str(function).startswith(self.PRODUCTS) and result.shape[-1] == V:
+            self.rows += result.numel() // V
+        return result
+
+
+class Passes:
+    """Notes the rows and the columns of every forward pass through a network."""
+
+    def __init__(self, model: GPT2):
+        self.seen: list[tuple[int, int]] = []
+        model.h[0].register_forward_hook(self.note)
+
+    def note(self, module, inputs, output) -> None:
+        self.seen.append(tuple(output.shape[:2]))
+
+
+def test_generation_takes_one_pass_for_the_prompts_and_one_for_each_later_token():
+    model = random_model(SMALL, 0)
+    passes = Passes(model)
+    with LogitRows() as logits:
+        generate(model, PROMPTS, 6, end_token=V - 1, generator=random_stream(0))
+    assert passes.seen == [(4, 5)] + 5 * [(4, 1)]
+    assert logits.rows == 4 * 6
+
+
+def test_rows_that_ended_are_not_computed_for_ever():
+    torch.manual_seed(0)
+    model = GPT2(SMALL)
+    passes = Passes(model)
+    with LogitRows() as logits:
+        made = generate(model, PROMPTS * 8, 26, end_token=V - 1, generator=random_stream(0))
+    tokens = made.lengths - made.prompt_lengths                                     # (B,)
+    assert len(passes.seen) == tokens.max()             # no pass after the last response ended
+    for step, (computed, _) in enumerate(passes.seen):
+        live = int((tokens > step).sum())               # responses that have a token at this step
+        assert 0.75 * computed < live <= computed
+    assert logits.rows == sum(computed for computed, _ in passes.seen) < 32 * tokens.max()
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_an_iteration_makes_logits_for_response_positions_only(critic):
+    setting = Setting(SMALL, prompts=4, prompt_tokens=5, new_tokens=6, epochs=3, critic=critic)
+    iterations = Iterations(setting)
+    arguments = (iterations.networks, iterations.ref_policy, even_tokens, iterations.tokenizer,
+                 iterations.prompts, iterations.cfg, 0.2, 0)
+    positions = 4 * 6
+    with LogitRows() as logits:
+        batch = ppo.rollout(*arguments)
+    assert logits.rows == positions + 2 * positions         # sampling; then policy and reference
+    with LogitRows() as logits:
+        ppo.update(iterations.networks, iterations.optimizer, batch, iterations.cfg, 0)
+    assert logits.rows == 3 * positions
+
+
+def test_the_baseline_makes_logits_for_every_position():
+    setting = Setting(SMALL, prompts=2, prompt_tokens=5, new_tokens=3, epochs=2)
+    iterations = Iterations(setting)
+    uniforms = torch.rand(2, 3, dtype=torch.float64)
+    with LogitRows() as logits:
+        responses, _ = naive.rollout(iterations.networks, iterations.ref_policy, even_tokens,
+                                     iterations.tokenizer, iterations.prompts, uniforms,
+                                     iterations.cfg, 0.2)
+    assert logits.rows == 2 * 2 * (5 + 6 + 7)               # two networks, two rows
+    with LogitRows() as logits:
+        naive.update(iterations.networks, iterations.optimizer, responses, iterations.cfg)
+    assert logits.rows == 2 * 2 * 8                         # two epochs, two rows
+
+
+def test_an_iteration_takes_no_more_passes_than_it_needs():
+    setting = Setting(SMALL, prompts=4, prompt_tokens=5, new_tokens=6, epochs=3, critic="separate")
+    iterations = Iterations(setting)
+    policy, reference, critic = (Passes(iterations.networks.policy), Passes(iterations.ref_policy),
+                                 Passes(iterations.networks.critic.transformer))
+    iterations.run()
+    whole = (4, 11)
+    assert policy.seen == [(4, 5)] + 5 * [(4, 1)] + [whole] + 3 * [whole]
+    assert reference.seen == [whole]
+    assert critic.seen == [whole] + 3 * [whole]
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+def test_operations_of_a_tiny_network_are_those_worked_out_by_hand():
+    config = GPT2Config(vocab_size=5, n_positions=8, n_embd=2, n_layer=1, n_head=1)
+    assert arithmetic.block_parameters(config) == 48
+    assert arithmetic.forward_flops(config, 1, 3, 2) == 2 * 48 * 3 + 4 * 2 * (1 + 2 + 3) + 40 == 376
+    assert arithmetic.training_flops(376) == 1128
+    assert arithmetic.bytes_per_step(config) == 232
+    assert arithmetic.decode_flops(config, 1, 3) == 140
+    assert arithmetic.block_parameters(GPT2Config()) == 84_934_656
+
+
+def test_operations_are_those_that_pytorch_counts():
+    model, ids = GPT2(SMALL), torch.ones(3, 7, dtype=torch.long)
+    products = torch.ops.aten.mm, torch.ops.aten.addmm      # attention is counted below
+    with FlopCounterMode(display=False) as counter:
+        logits = model(ids)
+        forward = sum(counter.get_flop_counts()["Global"][name] for name in products)
+        logits.sum().backward()
+        both = sum(counter.get_flop_counts()["Global"][name] for name in products)
+    assert both == arithmetic.training_flops(forward)
+    pairs = 3 * 2 * (7 * 8 // 2)                            # rows, layers, pairs of tokens
+    assert arithmetic.forward_flops(SMALL, 3, 7, 21) == forward + pairs * 4 * 16
+
+
+def test_the_setting_of_the_comparison_needs_a_teraflop_for_its_update():
+    flops = Setting().flops()
+    assert flops["update"] == pytest.approx(1.03e12, rel=0.02)
+    assert flops["score"] == pytest.approx(2 / 12 * flops["update"])
+    assert Setting(critic="separate").flops()["update"] > 1.7 * flops["update"]
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+def test_responses_of_the_random_network_never_end():
+    model = random_model(SMALL, 0)
+    made = generate(model, random_prompts(Setting(SMALL, prompts=64), 0)[:64], 16, end_token=V - 1,
+                    generator=random_stream(0))
+    assert not made.ended.any()
+    assert (model(made.ids)[..., V - 1] < -50).all()
+
+
+def test_the_tiny_network_is_the_shipped_one():
+    assert read_config(str(ROOT / "checkpoints" / "tiny")) == TINY
+
+
+def test_figures_carry_their_spread():
+    assert machine.figure([3, 1, 2]) == {"median": 2, "low": 1, "high": 3, "runs": 3}
+    above, below = machine.figure([8, 6, 9]), machine.figure([2, 2, 3])
+    assert machine.ratio(above, below) == {"median": 4, "low": 2, "high": 4.5, "runs": 3}
+    assert machine.rate(12, below) == {"median": 6, "low": 4, "high": 6, "runs": 3}
+    assert report.show(machine.figure([3, 1, 2])) == "2.0 (1.0..3.0)"
+    assert report.show(machine.figure([2]), 1000, 0, " ms") == "2,000 ms"
+    assert report.show(None) == "not measured"
+
+
+def test_no_other_module_imports_the_benchmark():
+    for path in (ROOT / "minirlhf").rglob("*.py"):
+        if path.parent.name != "benchmark":
+            names = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                     if isinstance(node, (ast.Import, ast.ImportFrom))]
+            assert not [name for name in names if "benchmark" in name], path
+
+
+def test_the_quick_benchmark_writes_every_table(tmp_path):
+    out = tmp_path / "new" / "figures.json"
+    result = quietly(main, BenchmarkConfig(quick=True, runs=1, out=str(out)))
+    assert json.loads(out.read_text("utf-8")) == json.loads(json.dumps(result))
+    text = out.with_suffix(".md").read_text("utf-8")
+    assert text.count("\n## ") == 6 and result["machine"]["cpu"] in text
+    assert set(result["comparison"]["ratios"]) >= {"sample", "update", "iteration"}
+    assert set(result["growth"]) == {"prompts", "new_tokens", "config"}
+    assert result["limits"]["gemm"] > 0 and result["limits"]["bandwidth"] > 0
+    for peak in result["memory"].values():
+        assert peak is None or 1e7 < peak < 1e10
