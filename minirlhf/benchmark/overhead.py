@@ -7,10 +7,8 @@ run without the profiler (too low: the operations were measured with it), and on
 the profiled run (too high: it has the profiler's own work between operations in it).
 """
 
-import time
-
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from minirlhf import ppo, reward_model, sft
 from minirlhf.benchmark import machine
@@ -24,35 +22,20 @@ def is_operation(event) -> bool:
     return event.name.startswith(("aten::", "mkldnn::"))
 
 
-def operation_seconds(events) -> float:
-    """Seconds within tensor operations; those that another one calls are part of that one."""
+def operation_seconds(events, phase: str) -> float:
+    """Seconds within tensor operations under the mark `phase`.
+
+    Operations that another one calls are part of that one.
+    """
     total = 0.0
     for event in filter(is_operation, events):
-        parent = event.cpu_parent
-        while parent is not None and not is_operation(parent):
-            parent = parent.cpu_parent
-        if parent is None:
+        above, outermost = event.cpu_parent, True
+        while above is not None and above.name != phase:
+            outermost = outermost and not is_operation(above)
+            above = above.cpu_parent
+        if above is not None and outermost:
             total += event.time_range.elapsed_us() / 1e6
     return total
-
-
-def outside_operations(runs: int, prepare, function) -> dict:
-    """Milliseconds of `function(*prepare())`, and the share of it outside tensor operations."""
-    function(*prepare())
-    plain, low, high = [], [], []
-    for _ in range(runs):
-        arguments = prepare()
-        plain.append(machine.seconds_of(function, *arguments))
-        arguments = prepare()
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            started = time.perf_counter()
-            function(*arguments)
-            profiled = time.perf_counter() - started
-        within = operation_seconds(profiler.events())
-        low.append(max(0.0, 1 - within / plain[-1]))
-        high.append(1 - within / profiled)
-    return {"seconds": machine.figure(plain), "outside_at_least": machine.figure(low),
-            "outside_at_most": machine.figure(high)}
 
 
 class Stages:
@@ -111,4 +94,21 @@ def measure_overhead(runs: int, config: GPT2Config, batch_size: int, new_tokens:
               "PPO, sampling": (stages.nothing, stages.sample),
               "PPO, sampling and scoring": (stages.nothing, stages.rollout),
               "PPO, update": (stages.rollout, stages.update)}
-    return {name: outside_operations(runs, *steps) for name, steps in phases.items()}
+    plain = {}
+    for name, (prepare, function) in phases.items():
+        function(*prepare())                             # not counted
+        seconds = [machine.seconds_of(function, *prepare()) for _ in range(runs)]
+        plain[name] = machine.figure(seconds)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for name, (prepare, function) in phases.items():
+            arguments = prepare()
+            with record_function(name):
+                function(*arguments)
+    events, found = profiler.events(), {}
+    for name, seconds in plain.items():
+        within = operation_seconds(events, name)
+        (mark,) = [event for event in events if event.name == name]
+        shares = [1 - within / seconds["median"], 1 - within / (mark.time_range.elapsed_us() / 1e6)]
+        found[name] = {"seconds": seconds, "outside_from": max(0.0, min(shares)),
+                       "outside_to": max(0.0, *shares)}
+    return found
