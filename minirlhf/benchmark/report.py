@@ -33,10 +33,11 @@ def limits_table(result: dict) -> str:
             f"{limits['bandwidth'] / GIGA:.1f} GB/s.\n\n" + table(["limit", "measured"], rows))
 
 
-ROWS = [("sample", "sampling, as the baseline's loop does it (reference model for every token)"),
+ROWS = [("sample", "sampling (in the baseline's loop the reference model runs for every token)"),
         ("sample alone", "sampling, without the reference model's passes"),
-        ("score", "scoring (ours: policy and reference once over whole rows)"),
-        ("update", "update"), ("iteration", "whole iteration")]
+        ("rollout", "sampling and scoring"),
+        ("update", "update"), ("optimizer", "of it, the optimiser's steps"),
+        ("iteration", "whole iteration")]
 
 
 def comparison_table(result: dict) -> str:

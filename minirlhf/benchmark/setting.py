@@ -112,16 +112,18 @@ class Iterations:
     def run(self) -> dict[str, float]:
         """One iteration as `ppo.main` makes it; returns the seconds of its phases."""
         started = time.perf_counter()
-        with timed(ppo, "generate") as seconds:
+        with timed(ppo, "generate") as sampling:
             batch = ppo.rollout(self.networks, self.ref_policy, even_tokens, self.tokenizer,
                                 self.prompts, self.cfg, self.cfg.kl_coef, self.done)
         collected = time.perf_counter()
-        ppo.update(self.networks, self.optimizer, batch, self.cfg, self.done)
+        with timed(self.optimizer, "step") as steps:
+            ppo.update(self.networks, self.optimizer, batch, self.cfg, self.done)
         ended = time.perf_counter()
         assert int(batch.lengths.sum()) == batch.ids.numel(), "a response ended early"
         self.done += 1
-        return {"sample": sum(seconds), "score": collected - started - sum(seconds),
-                "update": ended - collected, "iteration": ended - started}
+        return {"sample": sum(sampling), "score": collected - started - sum(sampling),
+                "rollout": collected - started, "update": ended - collected,
+                "optimizer": sum(steps), "iteration": ended - started}
 
 
 def phase_figures(found: list[dict[str, float]]) -> dict[str, dict]:
@@ -130,9 +132,9 @@ def phase_figures(found: list[dict[str, float]]) -> dict[str, dict]:
 
 
 @contextlib.contextmanager
-def timed(module, name: str):
-    """While it lasts, each call of `module.name` adds its seconds to the list that it gives."""
-    function, seconds = getattr(module, name), []
+def timed(owner, name: str):
+    """While it lasts, each call of `owner.name` adds its seconds to the list that it gives."""
+    function, seconds = getattr(owner, name), []
 
     def measured(*arguments, **options):
         started = time.perf_counter()
@@ -140,11 +142,11 @@ def timed(module, name: str):
         seconds.append(time.perf_counter() - started)
         return result
 
-    setattr(module, name, measured)
+    setattr(owner, name, measured)
     try:
         yield seconds
     finally:
-        setattr(module, name, function)
+        setattr(owner, name, function)
 
 
 def peak_of_iterations(setting: Setting) -> int | None:

@@ -8,7 +8,7 @@ import torch
 
 from minirlhf.benchmark import arithmetic, machine, naive
 from minirlhf.benchmark.setting import (Iterations, Setting, even_tokens, peak_of_iterations,
-                                        phase_figures, random_model, random_prompts)
+                                        phase_figures, random_model, random_prompts, timed)
 from minirlhf.common import random_stream
 from minirlhf.gpt2 import GPT2, generate
 
@@ -30,10 +30,13 @@ class NaiveIterations(Iterations):
                                            self.tokenizer, self.prompts, uniforms, self.cfg,
                                            self.cfg.kl_coef)
         assert all(len(response.values) == self.setting.new_tokens for response in responses)
-        seconds["update"] = machine.seconds_of(naive.update, self.networks, self.optimizer,
-                                               responses, self.cfg)
+        with timed(self.optimizer, "step") as steps:
+            seconds["update"] = machine.seconds_of(naive.update, self.networks, self.optimizer,
+                                                   responses, self.cfg)
+        seconds["optimizer"] = sum(steps)
         self.done += 1
-        seconds["iteration"] = seconds["sample"] + seconds["score"] + seconds["update"]
+        seconds["rollout"] = seconds["sample"] + seconds.pop("score")
+        seconds["iteration"] = seconds["rollout"] + seconds["update"]
         seconds["sample alone"] = seconds["sample"] - seconds.pop("reference")
         return seconds
 
