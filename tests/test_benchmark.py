@@ -51,7 +51,8 @@ def test_the_baseline_samples_and_scores_as_ppo_does():
     assert batch.ended.any() and not batch.ended.all()      # both kinds of response are compared
     uniforms = torch.rand(4, 20, generator=random_stream(cfg.seed, 1, iteration),
                           dtype=torch.float64)
-    responses, _ = naive.rollout(networks, ref_policy, even_tokens, end, PROMPTS, uniforms, cfg, 0.2)
+    responses, _ = naive.rollout(networks, ref_policy, even_tokens, end, PROMPTS, uniforms, cfg,
+                                 0.2)
     for row, response in enumerate(responses):
         length, mask = batch.lengths[row], batch.response_mask[row]
         assert response.ids == batch.ids[row, :length].tolist()

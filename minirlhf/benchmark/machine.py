@@ -10,6 +10,8 @@ import time
 
 import torch
 
+from minirlhf.gpt2 import product
+
 
 # ---- figures -------------------------------------------------------------------------------------
 
@@ -92,7 +94,7 @@ def multiply(left: torch.Tensor, right: torch.Tensor, times: int) -> None:
 
 
 def measure_products(runs: int, quick: bool) -> dict:
-    """Operations a second of large float32 products, for each of SHAPES."""
+    """Operations a second of torch.mm on large float32 matrices, for each of SHAPES."""
     found = {}
     for a, b, c in SHAPES:
         if quick:
@@ -102,6 +104,20 @@ def measure_products(runs: int, quick: bool) -> dict:
         seconds = figure(repeat(runs, multiply, torch.randn(a, b), torch.randn(b, c), times))
         found[f"({a}, {b}) x ({b}, {c})"] = rate(operations * times, seconds)
     return found
+
+
+def multiply_by_ours(left: torch.Tensor, right: torch.Tensor, times: int) -> None:
+    """The same product several times, by the function that our networks use without gradients."""
+    with torch.no_grad():
+        for _ in range(times):
+            product(left, right.T, None)
+
+
+def measure_our_product(runs: int, quick: bool) -> dict:
+    """Operations a second of a large product by `gpt2.product`, for comparison with torch.mm."""
+    a, b, c, times = (64, 48, 192, 1) if quick else (1024, 768, 3072, 4)
+    seconds = figure(repeat(runs, multiply_by_ours, torch.randn(a, b), torch.randn(b, c), times))
+    return {f"({a}, {b}) x ({b}, {c})": rate(2 * a * b * c * times, seconds)}
 
 
 def copy(source: torch.Tensor, _: torch.Tensor, target: torch.Tensor) -> None:

@@ -23,14 +23,18 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 def limits_table(result: dict) -> str:
     """Matrix products and memory."""
     machine, limits = result["machine"], result["limits"]
-    rows = [[f"matrix product {shape}", show(found, 1 / GIGA, 0) + " GFLOP/s"]
+    rows = [[f"torch.mm, {shape}", show(found, 1 / GIGA, 0) + " GFLOP/s"]
             for shape, found in limits["products"].items()]
+    rows += [[f"gpt2.product, {shape}", show(found, 1 / GIGA, 0) + " GFLOP/s"]
+             for shape, found in limits["product"].items()]
     rows += [[f"memory, {name}", show(found, 1 / GIGA, 1) + " GB/s"]
              for name, found in limits["memory"].items()]
-    return (f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-            f"{machine['system']}, PyTorch {machine['torch']}, float32. Figures are medians (lowest"
-            f"..highest). Limits: the fastest of these, {limits['gemm'] / GIGA:.0f} GFLOP/s and "
-            f"{limits['bandwidth'] / GIGA:.1f} GB/s.\n\n" + table(["limit", "measured"], rows))
+    text = (f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+            f"{machine['system']}, PyTorch {machine['torch']}, float32. Figures are medians "
+            f"(lowest..highest). Limits: the fastest torch.mm, {limits['gemm'] / GIGA:.0f} "
+            "GFLOP/s, and the faster of the memory loops, "
+            f"{limits['bandwidth'] / GIGA:.1f} GB/s.\n\n")
+    return text + table(["limit", "measured"], rows)
 
 
 ROWS = [("sample", "sampling (in the baseline's loop the reference model runs for every token)"),
@@ -75,8 +79,12 @@ def shares_table(result: dict) -> str:
             speed = f"{found['flops'] / seconds['median'] / GIGA:.0f} GFLOP/s"
         rows.append([name, flops, f"{found['limit']:.2f} s", show(seconds, digits=2) + " s", speed,
                      show(found["share"], 100, 0, " %")])
-    return table(["phase", "TFLOP", "at its limit", "measured", "reached", "share of the limit"],
-                 rows)
+    note = ("The limit of scoring and update is their arithmetic at the rate of torch.mm "
+            "(gpt2.product may be faster), the optimiser's steps included in the time; that of a "
+            "decoding step is reading all weights once, or its arithmetic if that takes longer."
+            "\n\n")
+    return note + table(["phase", "TFLOP", "at its limit", "measured", "reached",
+                         "share of the limit"], rows)
 
 
 def speed_table(result: dict) -> str:
