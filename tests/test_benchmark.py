@@ -17,7 +17,7 @@ from minirlhf import ppo
 from minirlhf.benchmark import arithmetic, machine, naive, report
 from minirlhf.benchmark.__main__ import BenchmarkConfig, main
 from minirlhf.benchmark.setting import (TINY, EndToken, Iterations, Setting, even_tokens,
-                                        random_model, random_prompts)
+                                        random_model, random_prompts, timed)
 from minirlhf.common import random_stream
 from minirlhf.gpt2 import GPT2, GPT2Config, generate, read_config
 from minirlhf.ppo import PolicyWithValue, PPOConfig
@@ -226,6 +226,15 @@ def test_figures_carry_their_spread():
     assert report.show(machine.figure([3, 1, 2])) == "2.0 (1.0..3.0)"
     assert report.show(machine.figure([2]), 1000, 0, " ms") == "2,000 ms"
     assert report.show(None) == "not measured"
+
+
+def test_calls_are_timed_while_it_lasts_and_then_left_alone():
+    iterations = Iterations(Setting(SMALL, prompts=2, prompt_tokens=2, new_tokens=2, epochs=3))
+    before = ppo.generate, dict(vars(iterations.optimizer))
+    with timed(iterations.optimizer, "step") as steps, timed(ppo, "generate") as sampling:
+        iterations.run()
+    assert len(steps) == 3 and len(sampling) == 1 and min(steps + sampling) > 0
+    assert (ppo.generate, list(vars(iterations.optimizer))) == (before[0], list(before[1]))
 
 
 def test_no_other_module_imports_the_benchmark():

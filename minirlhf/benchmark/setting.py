@@ -134,7 +134,7 @@ def phase_figures(found: list[dict[str, float]]) -> dict[str, dict]:
 @contextlib.contextmanager
 def timed(owner, name: str):
     """While it lasts, each call of `owner.name` adds its seconds to the list that it gives."""
-    function, seconds = getattr(owner, name), []
+    function, seconds, own = getattr(owner, name), [], name in vars(owner)
 
     def measured(*arguments, **options):
         started = time.perf_counter()
@@ -146,7 +146,10 @@ def timed(owner, name: str):
     try:
         yield seconds
     finally:
-        setattr(owner, name, function)
+        if own:
+            setattr(owner, name, function)
+        else:                           # a method: its class has it
+            delattr(owner, name)
 
 
 def peak_of_iterations(setting: Setting) -> int | None:
