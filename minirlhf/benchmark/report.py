@@ -131,7 +131,8 @@ def markdown(result: dict) -> str:
              "## Our phases and their limits", shares_table(result),
              "## Generation", speed_table(result), "## Memory", memory_table(result)]
     if result["growth"]:
-        parts.append("## How time grows")
+        parts += ["## How time grows", "Seconds of an iteration's phases. One size changes, the "
+                  "others are those of the comparison above."]
         parts += [growth_table(result, axis) for axis in result["growth"]]
     parts += ["## The embedded pipeline", overhead_table(result)]
     return "\n\n".join(parts) + "\n"
