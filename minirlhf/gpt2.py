@@ -53,22 +53,39 @@ class GPT2Config:
 
 # ---- matrix products -----------------------------------------------------------------------------
 
-# the operator behind torch.compile's linear layers on a CPU; it has no gradient
+# On some CPUs the library behind F.linear takes up to twice as long as oneDNN, which PyTorch also
+# has, for a few rows (a decoding step) and for GPT-2's wide unembedding. The operator used here is
+# the one behind torch.compile's linear layers.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 FEWEST_ROWS, SMALLEST_WEIGHT = 4, 1 << 18    # below these F.linear is as fast or faster
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` where no gradient is needed: x (N, in), weight (out, in) -> (N, out).
+def suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x (N, in) times `weight` is a product that oneDNN computes faster."""
+    return (ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and len(x) >= FEWEST_ROWS and weight.numel() >= SMALLEST_WEIGHT)
 
-    On some CPUs the library behind F.linear takes twice as long as oneDNN, which PyTorch also has,
-    for a few rows (a decoding step) and for GPT-2's wide unembedding. Elsewhere it is F.linear.
-    """
-    suits = (ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
-             and len(x) >= FEWEST_ROWS and weight.numel() >= SMALLEST_WEIGHT)
-    if not suits or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` where no gradient is needed: x (N, in), weight (out, in) -> (N, out)."""
+    if torch.is_grad_enabled() or not suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """`torch.addmm(bias, x, weight)` with gradients, by `product`: x (N, in), weight (in, out)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.T, bias)                                # (N, out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return product(grad, weight, None), product(x.T, grad.T, None), grad.sum(dim=0)
 
 
 # ---- the network --------------------------------------------------------------------------------
@@ -83,10 +100,10 @@ class Conv1D(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])                                # (rows, in)
-        if torch.is_grad_enabled():
-            y = torch.addmm(self.bias, flat, self.weight)                # (rows, out)
+        if suits_onednn(flat, self.weight):
+            y = Product.apply(flat, self.weight, self.bias)              # (rows, out)
         else:
-            y = product(flat, self.weight.T, self.bias)                  # (rows, out)
+            y = torch.addmm(self.bias, flat, self.weight)                # (rows, out)
         return y.view(*x.shape[:-1], y.shape[1])                         # (..., out)
 
 

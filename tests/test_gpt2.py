@@ -1063,6 +1063,23 @@ def test_a_product_without_gradient_is_the_plain_one(rows):
 
 
 @pytest.mark.skipif(not gpt2.ONEDNN, reason="this PyTorch has no oneDNN")
+def test_large_layers_have_the_gradients_of_plain_ones(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = gpt2.Conv1D(512, 1536, std=0.02), torch.randn(2, 30, 512)
+    results = []
+    for onednn in (True, False):
+        monkeypatch.setattr(gpt2, "ONEDNN", onednn)
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        assert ("Product" in str(y.grad_fn.next_functions)) == onednn
+        (y ** 2).sum().backward()
+        results.append((y.detach(), given.grad, layer.weight.grad.clone(), layer.bias.grad.clone()))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.skipif(not gpt2.ONEDNN, reason="this PyTorch has no oneDNN")
 def test_only_large_products_of_several_rows_without_gradient_take_the_other_way():
     calls = []
 

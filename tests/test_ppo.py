@@ -962,7 +962,8 @@ def test_the_first_bad_log_probability_is_named_with_its_row():
     first = int(batch.prompt_lengths[5]) - 1
     with pytest.raises(FloatingPointError,
                        match=rf"logprobs is not finite at here, index \[5, {first}\]: nan"):
-        train_step(networks, torch.optim.SGD(networks.parameters()), batch, order, cfg, True, "here")
+        train_step(networks, torch.optim.SGD(networks.parameters()), batch, order, cfg, True,
+                   "here")
 
 
 def test_a_gradient_that_is_not_finite_is_named():
