@@ -45,9 +45,11 @@ END_TEXT = "<|endoftext|>"          # GPT-2's only special token; always the las
 TEMPLATE = "Prompt: {prompt}\nResponse:"
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"       # HH-RLHF's turns
-MAX_MERGES_FILE = 4 << 20           # bytes; GPT-2's has half a million
+MAX_MERGES_FILE = 1 << 20           # bytes; GPT-2's has half a million
 MAX_LINE = 1 << 20                  # bytes of one row, unpacked
 MAX_TEXT = 1 << 30                  # bytes of one file, unpacked
+MAX_PACKED = 256 << 20              # bytes of one gzipped file
+MAX_SPACE = 100_000                 # characters of white space in a row; tiktoken dies of a million
 MAX_ROWS = 2_000_000
 
 # GPT-2's order of the 256 bytes, printable ones first, and the character that stands for each byte
@@ -107,6 +109,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; never the end token, even if the text spells `<|endoftext|>`."""
+        space = longest_space(text)
+        check(space <= MAX_SPACE, f"expected a text with at most {MAX_SPACE} characters of white "
+              f"space in a row, found {space}")
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: list[int], skip_end: bool = True) -> str:
@@ -174,6 +179,17 @@ class Tokenizer:
         tokenizer = cls(parse_merges(data, merges_path), merges_path)
         check_vocabulary(read_json(vocab_path), tokenizer.vocabulary(), vocab_path)
         return tokenizer
+
+
+def longest_space(text: str) -> int:
+    """Length of the longest run of white space; 0 for texts too short to matter.
+
+    careful: at a million, the pattern that cuts the text overflows tiktoken's stack, and the panic
+    of its Rust code is no `Exception`.
+    """
+    if len(text) <= MAX_SPACE:
+        return 0
+    return max((len(run) for run in re.findall(r"\s+", text)), default=0)
 
 
 def check_vocabulary(found: dict, expected: dict[str, int], path: str) -> None:
@@ -417,6 +433,9 @@ def read_lines(path: str) -> Iterator[tuple[str, dict]]:
     with open_regular(path) as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
+        packed_size = os.fstat(file.fileno()).st_size if packed else 0
+        check(packed_size <= MAX_PACKED, f"{path}: expected at most {MAX_PACKED} bytes of gzip "
+              f"data, found {packed_size}; split the file")
         stream = gzip.GzipFile(fileobj=file) if packed else file
         for number in range(1, MAX_ROWS + 2):
             place = f"{path}:{number}"
@@ -449,11 +468,17 @@ def find_reader(row: dict, place: str):
 
 def text_of(row: dict, key: str, place: str) -> str:
     """The text under `key` of a row, or an error that names the place."""
-    check(key in row, f"{place}: expected {key!r}, found only {short(sorted(row))}")
+    if key not in row:                      # no `check` here: its message would cost every row
+        raise ValueError(f"{place}: expected {key!r}, found only {short(sorted(row))}")
     text = row[key]
-    check(isinstance(text, str), f"{place}: expected text as {key!r}, found {short(text)}")
-    whole = not re.search("[\ud800-\udfff]", text)
-    check(whole, f"{place}: expected Unicode text as {key!r}, found half of a surrogate pair")
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: expected text as {key!r}, found {short(text)}")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{place}: expected Unicode text as {key!r}, found half of a surrogate "
+                         "pair")
+    if longest_space(text) > MAX_SPACE:
+        raise ValueError(f"{place}: expected at most {MAX_SPACE} characters of white space in a "
+                         f"row in {key!r}, found {longest_space(text)}")
     return text
 
 
@@ -461,14 +486,19 @@ def read_ours(row: dict, place: str) -> dict:
     """Our own format: an empty text, an equal pair or a key that we do not know is an error."""
     keys = ["prompt"] + ["response"] * ("response" in row)
     keys += ["chosen", "rejected"] * ("chosen" in row or "rejected" in row)
-    extra = sorted(set(row) - {*keys, "kind", "margin"})
-    check(not extra, f"{place}: expected {', '.join(keys)}; found also {short(extra)}")
+    extra = set(row) - {*keys, "kind", "margin"}
+    if extra:
+        raise ValueError(f"{place}: expected {', '.join(keys)}; found also {short(sorted(extra))}")
     for key in keys:
-        filled = bool(text_of(row, key, place).strip())
-        check(filled, f"{place}: expected text as {key!r}, found an empty one")
-    if "chosen" in row:
-        check(row["chosen"].strip() != row["rejected"].strip(), f"{place}: expected two different "
-              f"responses, found {short(row['chosen'])} twice")
+        if not text_of(row, key, place).strip():
+            raise ValueError(f"{place}: expected text as {key!r}, found an empty one")
+    kind, margin = row.get("kind", ""), row.get("margin", 0.0)
+    if not isinstance(kind, str) or not isinstance(margin, (int, float)):
+        raise ValueError(f"{place}: expected text as 'kind' and a number as 'margin', found "
+                         f"{short(kind)}, {short(margin)}")
+    if "chosen" in row and row["chosen"].strip() == row["rejected"].strip():
+        raise ValueError(f"{place}: expected two different responses, found "
+                         f"{short(row['chosen'])} twice")
     return {**row, "prompt": format_prompt(row["prompt"])}
 
 
@@ -539,8 +569,9 @@ def choose_fields(record: dict, kind: str, place: str) -> dict:
     if kind == "demonstrations" and "chosen" in record:
         return {"prompt": record["prompt"], "response": record["chosen"]}
     missing = [field for field in FIELDS[kind] if field not in record]
-    check(not missing, f"{place}: expected {' and '.join(missing)} for {kind}, found only "
-          f"{short(sorted(record))}")
+    if missing:
+        raise ValueError(f"{place}: expected {' and '.join(missing)} for {kind}, found only "
+                         f"{short(sorted(record))}")
     return {field: record[field] for field in FIELDS[kind] or record}
 
 

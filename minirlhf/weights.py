@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import reprlib
 import secrets
 import stat
@@ -30,15 +31,23 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+try:
+    import fcntl            # locks that end with their process
+except ImportError:         # Windows: there an open file cannot be deleted in the first place
+    fcntl = None
+
 # In the order of the safetensors package, which puts the last of them first in a file: widest
 # elements first, so that every tensor starts at a multiple of its element's size.
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
           "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
           "F64": torch.float64, "I64": torch.int64}
 MAX_HEADER = 4 << 20        # bytes; GPT-2's largest has a header of about 70 thousand
-MAX_JSON = 16 << 20         # bytes; GPT-2's vocab.json has 1 million
+MAX_JSON = 4 << 20          # bytes; GPT-2's vocab.json has 1 million
 MAX_DIMENSIONS = 8          # GPT-2 needs 4
 MAX_TENSOR = 1 << 62        # bytes; beyond it strides would overflow
+MAX_BOOLS = 1 << 28         # bytes; all masks of a GPT-2 have 50 million
+MAX_UNALIGNED = 8 << 30     # bytes; such tensors are copied, the largest GPT-2 has 6.4 billion
+LEFTOVER_SECONDS = 60.0     # without a change, before an abandoned file may be deleted
 
 PUBLISHED_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -59,8 +68,9 @@ TIMEOUT_SECONDS = 30.0
 def short(value) -> str:
     """`repr` of a value from a file, cut so that an error stays one readable line."""
     shortener = reprlib.Repr()
-    shortener.maxstring = 80
-    return shortener.repr(value)
+    shortener.maxstring, shortener.maxlevel = 80, 2
+    text = shortener.repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -116,7 +126,7 @@ def parse_json(data: bytes, path: str) -> dict:
 
 
 def read_json(path: str) -> dict:
-    """Read a JSON object of at most 16 MiB.
+    """Read a JSON object of at most 4 MiB.
 
     Raises: `ValueError` naming the file for anything else: another top-level value, equal keys,
     NaN, broken UTF-8, deep nesting. `FileNotFoundError` where there is no file.
@@ -191,6 +201,25 @@ def check_header(header: dict, data_size: int, path: str) -> list[Entry]:
     return entries
 
 
+def check_cost(entries: list[Entry], data_start: int, path: str) -> None:
+    """Refuse what would take long, or much memory, although it costs its maker nothing.
+
+    A file may consist of holes that take no space on the disk. Its tensors are read when they are
+    used, except for these: a BOOL is checked byte by byte, an unaligned tensor is copied.
+    """
+    bools, unaligned = 0, 0
+    for entry in entries:
+        size = entry.end - entry.begin
+        bools += size if entry.dtype == torch.bool else 0
+        unaligned += size if (data_start + entry.begin) % entry.dtype.itemsize else 0
+    if bools > MAX_BOOLS:
+        raise ValueError(f"{path}: expected at most {MAX_BOOLS} bytes of BOOL, found {bools}")
+    if unaligned > MAX_UNALIGNED:
+        raise ValueError(f"{path}: {unaligned} bytes of its tensors do not begin at a multiple of "
+                         f"their element's size, expected at most {MAX_UNALIGNED}; load the file "
+                         "with the safetensors package and save it again")
+
+
 def map_tensor(mapping: mmap.mmap, entry: Entry, data_start: int, path: str) -> torch.Tensor:
     """The tensor of a checked entry: a view into the mapped file, read when it is used."""
     if entry.begin == entry.end:
@@ -233,7 +262,12 @@ def read_with_metadata(path: str) -> tuple[dict[str, torch.Tensor], dict[str, st
             raise ValueError(f"{path}: not a safetensors file: its header does not begin with {{")
         header = parse_json(data, path)
         entries = check_header(header, size - 8 - length, path)
-        mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        check_cost(entries, 8 + length, path)
+        try:
+            mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: expected a file that fits into memory, found {size} bytes "
+                             f"({error})") from None
     tensors = {entry.name: map_tensor(mapping, entry, 8 + length, path) for entry in entries}
     return tensors, header.get("__metadata__", {})
 
@@ -279,17 +313,47 @@ def write_safetensors(path: str, tensors: dict[str, torch.Tensor],
 
 # ---- writing ------------------------------------------------------------------------------------
 
+def lock(file: BinaryIO) -> None:
+    """Lock an open file until it is closed, by a kill too; `OSError` if somebody else has."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_leftovers(folder: str, name: str) -> None:
+    """Delete what killed writers of this file left beside it, lest the disk fill up with it.
+
+    Dead is a writer that holds no lock and has not written for a minute: a process number would
+    say nothing about another machine, or about a container that was started again.
+    """
+    leftover = re.compile(re.escape(f".{name}.") + r"\d+-[0-9a-f]{8}\.tmp")
+    for other in os.listdir(folder):
+        if leftover.fullmatch(other):
+            other = os.path.join(folder, other)
+            with contextlib.suppress(OSError):       # a living writer's, or somebody was faster
+                state = os.lstat(other)
+                old = time.time() - state.st_mtime > LEFTOVER_SECONDS
+                if old and stat.S_ISREG(state.st_mode):
+                    with open(other, "rb+") as file:
+                        lock(file)
+                    os.unlink(other)
+
+
 def write_atomically(path: str, *chunks: bytes) -> None:
     """Write a file whole or not at all: beside it first, then renamed over it.
 
     Whoever reads `path` at any moment, also after a kill, finds the old file or the new one.
-    Missing folders are made. Raises `OSError` naming the file; the old one is then untouched.
+    Missing folders are made; what a killed writer left is removed. Raises `OSError` naming the
+    file; the old one is then untouched.
     """
     folder, name = os.path.split(os.path.abspath(path))
     beside = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         os.makedirs(folder, exist_ok=True)
+        with contextlib.suppress(OSError):           # a folder may refuse to be listed
+            remove_leftovers(folder, name)
         with open(beside, "xb") as file:
+            with contextlib.suppress(OSError):       # not every file system has locks
+                lock(file)
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -334,9 +398,11 @@ def read_pytorch_bin(path: str) -> dict[str, torch.Tensor]:
         size = os.fstat(file.fileno()).st_size
         try:
             if zipfile.is_zipfile(file):             # careful: PyTorch would inflate a zip bomb
-                packed = [item for item in zipfile.ZipFile(file).infolist() if item.compress_type]
-                if packed:
+                items = zipfile.ZipFile(file).infolist()
+                if any(item.compress_type for item in items):
                     raise ValueError("it is compressed, which PyTorch's own files are not")
+                if sum(item.file_size for item in items) > size:
+                    raise ValueError("its parts overlap, which those of PyTorch's own files do not")
             file.seek(0)
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         except BROKEN_BIN as error:
@@ -345,8 +411,10 @@ def read_pytorch_bin(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {short(type(tensors))}")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {short(name)}: expected a tensor, found {short(tensor)}")
+        if not isinstance(name, str):                # careful: printing an int may take minutes
+            raise ValueError(f"{path}: expected tensors under names, found {type(name)}")
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {short(name)}: expected a tensor, found {type(tensor)}")
         if (tensor.layout != torch.strided or tensor.device.type != "cpu"
                 or tensor.dtype not in DTYPES.values()):
             raise ValueError(f"{path}: {short(name)}: expected plain numbers, found "
@@ -511,8 +579,10 @@ def fetch(item: Published, folder: str, base_url: str) -> None:
     """Fetch one file into `folder`; it gets its name when its hash was found right."""
     target = os.path.join(folder, item.name)
     part = target + ".part"
-    if os.path.islink(part):                         # careful: it could lead out of the folder
-        os.unlink(part)
+    if os.path.lexists(part):
+        state = os.lstat(part)                       # careful: a link could lead out of the folder
+        if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+            os.unlink(part)                          # and a pipe could block forever
     expected = fetch_part(item, part, base_url)
     found = hashlib.sha256()
     with open(part, "rb+") as file:

@@ -5,12 +5,15 @@ import functools
 import hashlib
 import http.server
 import json
+import math
 import os
+import pathlib
 import pickle
 import random
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -18,12 +21,14 @@ import zipfile
 
 import pytest
 import torch
+from fuzzing import FUZZ, MEBIBYTE, Tally, damage, peak_memory, reset_peak, write_hole
+from helpers import save_folder, toy_model
 
 from minirlhf import weights
+from minirlhf.gpt2 import GPT2, read_config
 from minirlhf.weights import (DTYPES, download_published, read_json, read_safetensors,
                               read_weights, write_atomically, write_json, write_safetensors)
 
-FUZZ = int(os.environ.get("MINIRLHF_FUZZ", "6000"))      # mutated files; 100,000 take about 10 s
 KILLS = int(os.environ.get("MINIRLHF_KILLS", "25"))
 
 
@@ -224,6 +229,75 @@ def test_an_enormous_header_is_refused_without_reading_it(tmp_path):
     assert time.monotonic() - start < 1
 
 
+def nested(width: int, depth: int) -> list:
+    value = []
+    for _ in range(depth):
+        value = [value] * width
+    return value
+
+
+NO_DATA = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+HEADER_BOMBS = {
+    "a million lists": b'{"a":[' + b"[]," * 1_390_000 + b"[]]}",
+    "a million objects": b'{"a":[' + b"{}," * 1_390_000 + b"{}]}",
+    "a million keys": b'{"a":{' + b",".join(b'"%x":0' % i for i in range(400_000)) + b"}}",
+    "a long name": b'{"' + b"a" * 4_000_000 + b'":0}',
+    "a long dtype": b'{"a":{"dtype":"' + b"F" * 4_000_000 + b'","shape":[2],"data_offsets":[0,8]}}',
+    "a long shape": b'{"a":{"dtype":"F32","shape":[' + b"1," * 2_000_000
+                    + b'2],"data_offsets":[0,8]}}',
+    "a long number": b'{"a":' + b"9" * 4_000_000 + b"}",
+    "a long fraction": b'{"a":0.' + b"9" * 4_000_000 + b"}",
+    "lists in lists": json.dumps({"a": nested(7, 7)}, separators=(",", ":")).encode(),
+    "many tensors without numbers": ("{" + ",".join(NO_DATA % i for i in range(60_000))
+                                     + "}").encode()}
+
+
+@pytest.mark.parametrize("case", HEADER_BOMBS)
+def test_the_largest_headers_end_soon_in_bounded_memory(tmp_path, case):
+    """4 MiB of header are the most that is parsed; Python needs up to 30 times that for it."""
+    header = HEADER_BOMBS[case]
+    assert len(header) <= weights.MAX_HEADER
+    (tmp_path / "warm").write_bytes(file_bytes({"a": entry()}, EIGHT))
+    read_safetensors(tmp_path / "warm")
+    before, start = reset_peak(), time.monotonic()
+    assert_refused(tmp_path, file_bytes(header, EIGHT), "bad.safetensors")
+    assert time.monotonic() - start < 10
+    assert peak_memory() - before < 200 * MEBIBYTE
+
+
+def hole_header(kind: str, count: int, end: str = "") -> bytes:
+    """The beginning of a file with one tensor of `count` numbers, behind which a hole follows."""
+    size = count * DTYPES[kind].itemsize
+    text = json.dumps({"a": entry(kind, (count,), (0, size))}).encode()
+    text += b" " * (-len(text) % 8) + end.encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize("kind, count, end, words", [
+    ("U8", 10 ** 13, "", "fits into memory"),        # could be mapped on a machine of 10 TB only
+    ("BOOL", 10 ** 11, "", "bytes of BOOL"),         # would be read whole to check it: minutes
+    ("F32", 10 ** 11, " ", "do not begin at")])      # would be copied whole
+def test_a_file_of_holes_costs_its_reader_nothing(tmp_path, kind, count, end, words):
+    path, head = tmp_path / "bad.safetensors", hole_header(kind, count, end)
+    if not write_hole(path, head, len(head) + count * DTYPES[kind].itemsize):
+        pytest.skip("no files with holes here")
+    before, start = reset_peak(), time.monotonic()
+    with pytest.raises(ValueError, match=words) as caught:
+        read_safetensors(path)
+    assert str(path) in str(caught.value)
+    assert time.monotonic() - start < 2 and peak_memory() - before < 20 * MEBIBYTE
+
+
+def test_tensors_are_read_when_they_are_used(tmp_path):
+    path, head = tmp_path / "a.safetensors", hole_header("F32", 10 ** 8)
+    if not write_hole(path, head, len(head) + 4 * 10 ** 8):
+        pytest.skip("no files with holes here")
+    before = reset_peak()
+    found = read_safetensors(path)["a"]
+    assert found.shape == (10 ** 8,) and found[123_456_789 % 10 ** 8] == 0
+    assert peak_memory() - before < 20 * MEBIBYTE
+
+
 def test_a_bool_that_is_neither_0_nor_1_is_refused(tmp_path):
     header = {"a": entry("BOOL", (2,), (0, 2))}
     assert_refused(tmp_path, file_bytes(header, b"\1\2"), "neither 0 nor 1")
@@ -327,6 +401,40 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
     return file_bytes(text, content[8 + length:])
 
 
+def rewrite(rng: random.Random, content: bytes) -> bytes:
+    """The same data under another valid header: order, place, shape, dtype, name, alignment."""
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8:8 + length]), content[8 + length:]
+    metadata = header.pop("__metadata__", None)
+    names, blocks = rng.sample(list(header), len(header)), {}
+    for name, values in header.items():
+        begin, end = values["data_offsets"]
+        blocks[name] = data[begin:end]
+    changed, parts, position = {}, [], 0
+    for name in names:                               # the data in another order, too
+        values, block = header[name], blocks[name]
+        kind = values["dtype"]
+        if rng.random() < 0.3 and kind != "BOOL":    # other numbers of the same size
+            same_size = [other for other, dtype in DTYPES.items() if other != "BOOL"
+                         and dtype.itemsize == DTYPES[kind].itemsize]
+            kind = rng.choice(same_size)
+        shape = list(values["shape"])
+        if rng.random() < 0.3:
+            shape = [math.prod(shape)]
+        for _ in range(rng.choice([0, 0, 1, 4])):
+            shape.insert(rng.randint(0, len(shape)), 1)
+        new_name = rng.choice([name, name + "\u00e9\n", "x" * 500 + name])
+        changed[new_name] = entry(kind, shape, (position, position + len(block)))
+        parts.append(block)
+        position += len(block)
+    if metadata is not None:
+        changed["__metadata__"] = {**metadata, "a": "\0", "": "\u4f60"}
+    order = rng.sample(list(changed), len(changed))
+    text = json.dumps({name: changed[name] for name in order}, ensure_ascii=rng.random() < 0.5,
+                      indent=rng.choice([None, 1])).encode()
+    return file_bytes(text + b" " * rng.randrange(9), b"".join(parts))
+
+
 def check_accepted(content: bytes, found: dict) -> None:
     """A file that was accepted must mean what an independent, plain reading says it means."""
     length = int.from_bytes(content[:8], "little")
@@ -339,42 +447,61 @@ def check_accepted(content: bytes, found: dict) -> None:
         assert found[name].dtype == DTYPES[values["dtype"]]
         assert list(found[name].shape) == values["shape"]
         assert bytes(weights.tensor_bytes(found[name])) == data[begin:end]
+        assert struct_values(data[begin:end], values["dtype"]) == number_values(found[name])
         covered += end - begin
     assert covered == len(data)
 
 
-def test_no_mutated_file_crashes_hangs_or_reads_wrongly(tmp_path):
-    """MINIRLHF_FUZZ=100000 runs the full number; with the package, it must accept what we do."""
+LETTERS = {"BOOL": "?", "U8": "B", "I8": "b", "I16": "h", "F16": "e", "I32": "i", "F32": "f",
+           "F64": "d", "I64": "q"}
+
+
+def struct_values(block: bytes, kind: str) -> list[str]:
+    """The numbers of a block of data, by Python's struct alone; BF16 is half a float32."""
+    if kind == "BF16":
+        halves = [block[at:at + 2] for at in range(0, len(block), 2)]
+        block, kind = b"".join(b"\0\0" + half for half in halves), "F32"
+    count = len(block) // DTYPES[kind].itemsize
+    return [repr(value) for value in struct.unpack(f"<{count}{LETTERS[kind]}", block)]
+
+
+def number_values(tensor: torch.Tensor) -> list[str]:
+    return [repr(value) for value in tensor.reshape(-1).tolist()]
+
+
+def package_reader():
+    """How the safetensors package reads the bytes of a file, or None where it is not there."""
     try:
-        from safetensors.torch import load as load_package
+        from safetensors.torch import load
     except ImportError:
-        load_package = None
+        return None
+    return load
+
+
+def test_no_mutated_file_crashes_hangs_or_reads_wrongly(tmp_path):
+    """With the package, it must read the same from every file that is accepted here."""
+    load_package = package_reader()
     write_safetensors(tmp_path / "all", example_tensors())
     write_safetensors(tmp_path / "one", {"w": torch.arange(4.0)}, {})
     write_safetensors(tmp_path / "none", {})
     originals = [(tmp_path / name).read_bytes() for name in ("all", "one", "one", "none")]
-    path, rng, accepted, slowest = str(tmp_path / "mutated"), random.Random(0), 0, 0.0
+    path, rng, tally = str(tmp_path / "mutated"), random.Random(0), Tally("safetensors")
     for _ in range(FUZZ):
-        content = mutate(rng, rng.choice(originals))
+        original = rng.choice(originals)
+        valid = rng.random() < 0.1                   # a file that must be accepted
+        content = rewrite(rng, original) if valid else mutate(rng, original)
         with open(path, "wb") as file:
             file.write(content)
-        start = time.perf_counter()
-        try:
-            found = read_safetensors(path)
-        except ValueError as error:
-            assert path in str(error) and len(str(error)) < 1000
-            found = None
-        slowest = max(slowest, time.perf_counter() - start)
+        found = tally.attempt(path, read_safetensors, path)
+        assert found is not None or not valid
         if found is not None:
-            accepted += 1
             check_accepted(content, found)
             if load_package is not None:
                 theirs = load_package(content)
                 assert all(same(found[name], theirs[name]) for name in {**found, **theirs})
             found = None                             # or Windows keeps the mapped file
-    print(f"{FUZZ} files, {accepted} still valid, slowest {slowest * 1000:.1f} ms")
-    assert 0 < accepted < FUZZ / 2
-    assert slowest < 2
+    tally.finish()
+    assert FUZZ * 0.1 < tally.read < FUZZ / 2
 
 
 # ---- pytorch_model.bin --------------------------------------------------------------------------
@@ -426,10 +553,32 @@ def test_loading_a_pickle_executes_nothing(tmp_path, zipped):
 @pytest.mark.parametrize("content", [
     [torch.zeros(1)], torch.zeros(1), {"model": {"w": torch.zeros(1)}}, {1: torch.zeros(1)},
     {"w": torch.zeros(1).expand(10 ** 9)}, {"w": torch.zeros(2, dtype=torch.complex64)},
-    {"w": torch.eye(3).to_sparse()}, {"w": torch.empty(5, device="meta")}])
+    {"w": torch.eye(3).to_sparse()}, {"w": torch.empty(5, device="meta")}, {"w": 10 ** 600},
+    {10 ** 600: torch.zeros(1)}, {"w": nested(7, 7)}, {"x" * 10 ** 6: 1}])
 def test_a_pickle_of_anything_but_plain_tensors_is_refused(tmp_path, content):
     save_bin(tmp_path, content)
-    with pytest.raises(ValueError, match="pytorch_model.bin"):
+    with pytest.raises(ValueError, match="pytorch_model.bin") as caught:
+        read_weights(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_zip_whose_parts_overlap_is_refused(tmp_path):
+    """One part under many names would take that many times its size in memory."""
+    path = save_bin(tmp_path, {f"w{i}": torch.full((10_000,), float(i)) for i in range(20)})
+    content = pathlib.Path(path).read_bytes()
+    with zipfile.ZipFile(path) as plain:
+        items = [item for item in plain.infolist() if "/data/" in item.filename]
+    for item in items[1:]:                           # every entry of the table leads to the first
+        name = item.filename.encode()
+        at = content.rindex(name) - 4                # behind the name's own place in the table
+        assert content[at - 42:at - 38] == b"PK\1\2"
+        content = content[:at] + items[0].header_offset.to_bytes(4, "little") + content[at + 4:]
+    shortest = content[:items[1].header_offset] + content[content.index(b"PK\1\2"):]
+    end = shortest.rindex(b"PK\5\6")
+    table = shortest.index(b"PK\1\2").to_bytes(4, "little")
+    with open(path, "wb") as file:
+        file.write(shortest[:end + 16] + table + shortest[end + 20:])
+    with pytest.raises(ValueError, match="parts overlap"):
         read_weights(tmp_path)
 
 
@@ -451,7 +600,7 @@ def test_no_damaged_pickle_raises_anything_but_a_value_error(tmp_path, zipped):
                     _use_new_zipfile_serialization=zipped)
     with open(path, "rb") as file:
         content = file.read()
-    rng = random.Random(1)
+    rng, tally = random.Random(1), Tally(f"pytorch_model.bin, {'zip' if zipped else 'old'}")
     for _ in range(max(200, FUZZ // 20)):
         changed = bytearray(content[:rng.choice([len(content), rng.randrange(len(content))])])
         for _ in range(rng.randint(0, 4)):
@@ -459,10 +608,85 @@ def test_no_damaged_pickle_raises_anything_but_a_value_error(tmp_path, zipped):
                 changed[rng.randrange(len(changed))] = rng.randrange(256)
         with open(path, "wb") as file:
             file.write(changed)
-        try:
-            read_weights(tmp_path)
-        except ValueError as error:
-            assert path in str(error)
+        tally.attempt(path, read_weights, tmp_path)
+    tally.finish()
+
+
+# ---- a whole checkpoint folder -------------------------------------------------------------------
+
+NASTY_SIZES = [-1, 0, 1, 2, 3, 31, 33, 1000, 10 ** 6, 10 ** 7, 2 ** 31, 2 ** 63, 10 ** 25, 2.0, "2",
+               True, None, [], {}]
+
+
+def mutate_config(rng: random.Random, content: bytes) -> bytes:
+    if rng.random() < 0.5:
+        return damage(rng, content, [b"0", b"-", b"9" * 30, b"e9", b"\0", b"\xff", b"{", b"null"])
+    values = json.loads(content)
+    for _ in range(rng.randint(1, 2)):
+        values[rng.choice(list(values))] = rng.choice(NASTY_SIZES)
+    return json.dumps(values).encode()
+
+
+def test_mutated_configs_end_in_the_sizes_they_state_or_a_value_error(tmp_path):
+    save_folder(toy_model(), str(tmp_path))
+    path = tmp_path / "config.json"
+    original, rng, tally = path.read_bytes(), random.Random(2), Tally("config.json")
+    for _ in range(max(500, FUZZ // 4)):
+        content = mutate_config(rng, original)
+        path.write_bytes(content)
+        found = tally.attempt(str(path), read_config, str(tmp_path))
+        if found is not None:
+            stated = json.loads(content)
+            for name, value in vars(found).items():
+                assert type(value) is int and value == stated[name] and value is not True
+    tally.finish()
+
+
+def test_mutated_weights_end_in_a_model_of_these_weights_or_a_value_error(tmp_path):
+    """Through the trainers' own entry: config and weights must fit each other, too."""
+    save_folder(toy_model(n_positions=8), str(tmp_path))
+    path, rng, tally = tmp_path / "model.safetensors", random.Random(3), Tally("checkpoint folder")
+    original = path.read_bytes()
+    for _ in range(max(100, FUZZ // 50)):
+        content = rewrite(rng, original) if rng.random() < 0.1 else mutate(rng, original)
+        path.write_bytes(content)
+        model = tally.attempt(str(tmp_path), GPT2.from_pretrained, str(tmp_path))
+        if model is not None:
+            stated = read_safetensors(path)
+            for name, tensor in model.state_dict().items():
+                source = stated["transformer." + name]
+                assert torch.equal(tensor, source.float()) and tensor.shape == source.shape
+            del stated, source                       # or Windows keeps the mapped file
+    tally.finish()
+
+
+HUGE_CONFIG = """
+import resource, sys
+from minirlhf.gpt2 import GPT2
+with open("/proc/self/statm") as file:
+    limit = int(file.read().split()[0]) * resource.getpagesize() + (400 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    GPT2.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its memory")
+@pytest.mark.xfail(strict=True, reason="gpt2.check_sizes looks at three tensors and then makes the "
+                   "whole model: it should compare all names and shapes on the meta device first")
+def test_a_config_that_states_far_more_than_the_file_holds_costs_no_memory(tmp_path):
+    """100 kB on the disk, 300 GB stated: only a few tensors are there, in the right sizes."""
+    C, layers = 4096, 1000
+    sizes = {"vocab_size": 2, "n_positions": 2, "n_embd": C, "n_layer": layers, "n_head": 1}
+    write_json(tmp_path / "config.json", {"model_type": "gpt2", **sizes})
+    write_safetensors(tmp_path / "model.safetensors", {
+        "wte.weight": torch.zeros(2, C), "wpe.weight": torch.zeros(2, C),
+        f"h.{layers - 1}.ln_1.weight": torch.zeros(C)})
+    done = subprocess.run([sys.executable, "-c", HUGE_CONFIG, str(tmp_path)], capture_output=True,
+                          text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout.startswith("refused:") and str(tmp_path) in done.stdout, done.stderr[-500:]
 
 
 # ---- JSON ---------------------------------------------------------------------------------------
@@ -550,6 +774,89 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.safetensors"]
 
 
+def test_a_folder_without_permission_is_named_and_left_alone(tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    (folder / "a.json").write_bytes(b"old")
+    folder.chmod(0o500)
+    try:
+        if os.access(folder, os.W_OK):
+            pytest.skip("permissions do not bind this user")
+        with pytest.raises(PermissionError, match="a.json was not written"):
+            write_json(folder / "a.json", {"new": 1})
+        assert (folder / "a.json").read_bytes() == b"old" and os.listdir(folder) == ["a.json"]
+    finally:
+        folder.chmod(0o700)
+
+
+LEFT = ".model.safetensors.{}-0123abcd.tmp"          # what a killed writer leaves
+
+
+def make_leftover(folder, name: str, age: float) -> None:
+    (folder / name).write_bytes(b"half")
+    os.utime(folder / name, (time.time() - age,) * 2)
+
+
+def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    """The writer's number may be anybody's now, this very process's too: only its lock counts."""
+    for number in (1, os.getpid(), 999_999_999):
+        make_leftover(tmp_path, LEFT.format(number), 3600)
+    kept = ["model.safetensors.1-0123abcd.tmp", ".model.safetensors.tmp", "notes.tmp",
+            ".config.json.1-0123abcd.tmp", ".model.safetensors.1-0123abcd.tmp.bak",
+            ".xmodel.safetensors.1-0123abcd.tmp", ".modelXsafetensors.1-0123abcd.tmp"]
+    for name in kept:
+        make_leftover(tmp_path, name, 3600)
+    make_leftover(tmp_path, LEFT.format(2), 1)       # fresh: its writer may be at work
+    (tmp_path / LEFT.format(3)).mkdir()
+    write_atomically(tmp_path / "model.safetensors", b"new")
+    expected = [*kept, LEFT.format(2), LEFT.format(3), "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == sorted(expected)
+
+
+def test_a_leftover_that_is_a_link_leads_nowhere(tmp_path):
+    (tmp_path / "outside").write_bytes(b"mine")
+    (tmp_path / "in").mkdir()
+    try:
+        os.symlink(tmp_path / "outside", tmp_path / "in" / LEFT.format(1))
+    except OSError:
+        pytest.skip("this system grants no links")
+    write_atomically(tmp_path / "in" / "model.safetensors", b"new")
+    assert (tmp_path / "outside").read_bytes() == b"mine"
+
+
+def test_a_slow_writer_that_lives_keeps_its_file(tmp_path):
+    """However long it has not written: its lock, or on Windows the open file itself, protects it"""
+    path = tmp_path / LEFT.format(os.getpid())
+    with open(path, "xb") as file:
+        weights.lock(file)
+        file.write(b"half")
+        file.flush()
+        os.utime(path, (0, 0))
+        write_atomically(tmp_path / "model.safetensors", b"new")
+        assert path.exists()
+    os.utime(path, (0, 0))
+    write_atomically(tmp_path / "model.safetensors", b"new")
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_the_file_being_written_is_locked(tmp_path, monkeypatch):
+    """Otherwise the test above would test nothing that happens."""
+    pytest.importorskip("fcntl", reason="POSIX locks")
+    tried = []
+
+    def try_lock(number: int) -> None:
+        (name,) = os.listdir(tmp_path)
+        with open(tmp_path / name, "rb+") as file:
+            try:
+                weights.lock(file)
+                tried.append("free")
+            except OSError:
+                tried.append("locked")
+    monkeypatch.setattr(os, "fsync", try_lock)
+    write_atomically(tmp_path / "a", b"new")
+    assert tried == ["locked"]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a safe os.fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_file(tmp_path):
@@ -569,10 +876,12 @@ def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_file(tmp_path):
         os.waitpid(child, 0)
         found = read_safetensors(path)["w"]
         assert any(torch.equal(found, version["w"]) for version in versions)
-        leftovers += len(os.listdir(tmp_path)) - 1
         for name in os.listdir(tmp_path):
             if name.endswith(".tmp"):
-                os.unlink(tmp_path / name)
+                leftovers += 1
+                os.utime(tmp_path / name, (0, 0))    # as if the kill were long ago
+    write_safetensors(path, versions[0])
+    assert os.listdir(tmp_path) == ["model.safetensors"]
     print(f"{KILLS} kills, {leftovers} of them in the middle of a write")
 
 
@@ -785,6 +1094,42 @@ def test_a_part_that_is_a_link_is_not_followed(hub, tmp_path):
     download_published("gpt2", str(tmp_path / "in"), hub.url)
     assert (tmp_path / "outside").read_bytes() == b"mine"
     assert contents(tmp_path / "in") == FILES
+
+
+def test_a_part_that_is_a_second_name_of_another_file_is_not_written_to(hub, tmp_path):
+    (tmp_path / "outside").write_bytes(b"mine")
+    (tmp_path / "in").mkdir()
+    try:
+        os.link(tmp_path / "outside", tmp_path / "in" / "config.json.part")
+    except OSError:
+        pytest.skip("this system grants no links")
+    download_published("gpt2", str(tmp_path / "in"), hub.url)
+    assert (tmp_path / "outside").read_bytes() == b"mine"
+    assert contents(tmp_path / "in") == FILES
+
+
+def test_a_name_that_is_a_link_to_nothing_is_replaced_not_followed(hub, tmp_path):
+    (tmp_path / "in").mkdir()
+    try:
+        os.symlink(tmp_path / "outside", tmp_path / "in" / "config.json")
+    except OSError:
+        pytest.skip("this system grants no links")
+    download_published("gpt2", str(tmp_path / "in"), hub.url)
+    assert not (tmp_path / "outside").exists()
+    assert contents(tmp_path / "in") == FILES and not (tmp_path / "in/config.json").is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are POSIX")
+def test_a_part_that_is_a_pipe_does_not_block(hub, tmp_path):
+    os.mkfifo(tmp_path / "config.json.part")
+    download_published("gpt2", str(tmp_path), hub.url)
+    assert contents(tmp_path) == FILES
+
+
+def test_a_part_that_is_a_folder_is_one_clear_error(hub, tmp_path):
+    (tmp_path / "config.json.part").mkdir()
+    with pytest.raises(OSError, match="could not keep the download"):
+        download_published("gpt2", str(tmp_path), hub.url)
 
 
 def test_a_full_disk_stops_the_download_and_a_later_run_resumes(hub, tmp_path):
