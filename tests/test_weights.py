@@ -21,7 +21,7 @@ import zipfile
 
 import pytest
 import torch
-from fuzzing import FUZZ, MEBIBYTE, Tally, damage, peak_memory, reset_peak, write_hole
+from fuzzing import FUZZ, MEBIBYTE, Tally, damage, peak_memory, put, reset_peak, write_hole
 from helpers import save_folder, toy_model
 
 from minirlhf import weights
@@ -490,8 +490,7 @@ def test_no_mutated_file_crashes_hangs_or_reads_wrongly(tmp_path):
         original = rng.choice(originals)
         valid = rng.random() < 0.1                   # a file that must be accepted
         content = rewrite(rng, original) if valid else mutate(rng, original)
-        with open(path, "wb") as file:
-            file.write(content)
+        put(path, content)
         found = tally.attempt(path, read_safetensors, path)
         assert found is not None or not valid
         if found is not None:
@@ -606,8 +605,7 @@ def test_no_damaged_pickle_raises_anything_but_a_value_error(tmp_path, zipped):
         for _ in range(rng.randint(0, 4)):
             if changed:
                 changed[rng.randrange(len(changed))] = rng.randrange(256)
-        with open(path, "wb") as file:
-            file.write(changed)
+        put(path, changed)
         tally.attempt(path, read_weights, tmp_path)
     tally.finish()
 
@@ -633,7 +631,7 @@ def test_mutated_configs_end_in_the_sizes_they_state_or_a_value_error(tmp_path):
     original, rng, tally = path.read_bytes(), random.Random(2), Tally("config.json")
     for _ in range(max(500, FUZZ // 4)):
         content = mutate_config(rng, original)
-        path.write_bytes(content)
+        put(path, content)
         found = tally.attempt(str(path), read_config, str(tmp_path))
         if found is not None:
             stated = json.loads(content)
@@ -649,7 +647,7 @@ def test_mutated_weights_end_in_a_model_of_these_weights_or_a_value_error(tmp_pa
     original = path.read_bytes()
     for _ in range(max(100, FUZZ // 50)):
         content = rewrite(rng, original) if rng.random() < 0.1 else mutate(rng, original)
-        path.write_bytes(content)
+        put(path, content)
         model = tally.attempt(str(tmp_path), GPT2.from_pretrained, str(tmp_path))
         if model is not None:
             stated = read_safetensors(path)
