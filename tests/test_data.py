@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 import torch
 from fuzzing import FUZZ, MEBIBYTE, Tally, damage, peak_memory, put, reset_peak, write_hole
+from helpers import quietly
 
 from minirlhf import data
 from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, format_prompt,
@@ -555,14 +556,27 @@ ORIGINALS = [[PAIR, PAIR], [{"prompt": "a", "response": "b"}] * 3,
              [{"prompt": "\u00e9\U0001f642"}] * 2, [HH, HH], [POST, POST], [TLDR_PAIR, {**TLDR_PAIR, "choice": 0}]]
 
 
+def plain_gzip(content: bytes) -> tuple[bytes, bytes]:
+    """The text of the first part of a gzip file, and what follows it. Source: RFC 1952."""
+    flags, at = content[3], 10
+    if flags & 4:
+        at += 2 + int.from_bytes(content[at:at + 2], "little")
+    for flag in (8, 16):                             # a file name, a comment
+        if flags & flag:
+            at = content.index(b"\0", at) + 1
+    at += 2 if flags & 2 else 0
+    part = zlib.decompressobj(-15)
+    text = part.decompress(content[at:])
+    assert part.eof and zlib.crc32(text) == int.from_bytes(part.unused_data[:4], "little")
+    return text, part.unused_data[8:].lstrip(b"\0")
+
+
 def plain_reading(content: bytes) -> list[dict]:
     """What a file holds, by the standard library alone and without any check."""
     text = b""
     while content[:2] == b"\x1f\x8b":                # a gzip file may have several parts
-        part = zlib.decompressobj(31)
-        text += part.decompress(content)
-        assert part.eof
-        content = part.unused_data.lstrip(b"\0")
+        unpacked, content = plain_gzip(content)
+        text += unpacked
     lines = (text + content).decode().split("\n")
     return [json.loads(line) for line in lines if line]
 
@@ -604,7 +618,7 @@ def check_records(records, content: bytes, kind: str) -> None:
                 assert any(core.strip() in whole for whole in texts), (core, row)
 
 
-def test_mutated_data_files_end_in_the_rows_they_hold_or_a_value_error(tmp_path, capsys):
+def test_mutated_data_files_end_in_the_rows_they_hold_or_a_value_error(tmp_path):
     rng, path, tally = random.Random(3), tmp_path / "rows.jsonl", Tally("JSONL, plain and gzipped")
     for case in range(max(1500, FUZZ)):
         rows = [odd_row(rng, row) for row in rng.choice(ORIGINALS)]
@@ -618,12 +632,10 @@ def test_mutated_data_files_end_in_the_rows_they_hold_or_a_value_error(tmp_path,
             content = damage(rng, content, INSERTED)
         put(path, content)
         kind = rng.choice(["prompts", "prompts", "demonstrations", "comparisons"])
-        records = tally.attempt(str(path), read_records, str(path), kind)
+        records = quietly(tally.attempt, str(path), read_records, str(path), kind)
         if records is not None:
             check_records(records, content, kind)
-    capsys.readouterr()
-    with capsys.disabled():
-        tally.finish()
+    tally.finish()
     assert min(tally.read, tally.refused) > 0.2 * (tally.read + tally.refused)
 
 
