@@ -231,6 +231,26 @@ def test_float32_agrees_with_float64(formula):
         assert_equal([result.double() for result in results], formula(x), 1e-4, 1e-3)
 
 
+def test_losses_of_parts_with_the_count_of_the_whole_add_up_with_their_gradients():
+    """As `--accumulation` and several processes compute them; a part may hold no token at all."""
+    for rng in cases():
+        x = Case(rng, any_mask(rng))
+        count, cut = int(x.mask.sum()), rng.randint(0, len(x.mask))
+        rows = [slice(0, cut), slice(cut, None)]
+        for loss in (run_masked_mean, run_policy_loss, run_value_loss):
+            whole, parts = x.a.clone().requires_grad_(), x.a.clone().requires_grad_()
+            loss(x.changed(lambda t: whole if t is x.a else t))[0].backward()
+            for part in rows:
+                a, b, c, mask = parts[part], x.b[part], x.c[part], x.mask[part]
+                if loss is run_masked_mean:
+                    masked_mean(a, mask, count).backward()
+                elif loss is run_policy_loss:
+                    policy_loss(a, b, c, mask, x.cliprange, count)[0].backward()
+                else:
+                    value_loss(a, b, c, mask, x.cliprange, count).backward()
+            torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-9, atol=1e-12)
+
+
 # ---- masked mean, whitening ----------------------------------------------------------------------
 
 def test_masked_mean_and_whitening_equal_plain_python():
@@ -502,11 +522,12 @@ class TokenCase:
         self.unembedding = draw(rng, V, C, scale=scale, dtype=dtype)
         self.ids = torch.tensor([[rng.randrange(V) for _ in range(T)] for _ in range(B)])
         self.temperature = rng.choice([1.0, 0.3, 2.5])
+        self.entropy_grad = rng.random() < 0.5           # the plain form, or the one-tensor form
 
     def run(self, **changes):
         x = {**self.__dict__, **changes}
         return token_logprobs(x["hidden"], x["ids"], x["mask"], x["unembedding"], x["temperature"],
-                              entropy_grad=True)
+                              entropy_grad=x["entropy_grad"])
 
 
 def test_token_logprobs_equal_a_token_by_token_reference():
@@ -526,6 +547,25 @@ def test_token_logprobs_equal_a_token_by_token_reference():
                 assert entropy[row, t].item() == pytest.approx(spread, rel=1e-9, abs=1e-9)
 
 
+def test_the_one_tensor_form_gives_the_values_and_gradients_of_the_plain_one():
+    for rng in cases():
+        dtype, scale = rng.choice([torch.float32, torch.float64]), rng.choice([1, 30, 1e4])
+        x = TokenCase(rng, scale, dtype)
+        weights_of_tokens = draw(rng, *x.mask.shape, dtype=dtype)
+        found = []
+        for entropy_grad in (True, False):
+            states = x.hidden.clone().requires_grad_()
+            unembedding = x.unembedding.clone().requires_grad_()
+            logprobs, entropy = x.run(hidden=states, unembedding=unembedding,
+                                      entropy_grad=entropy_grad)
+            (logprobs * weights_of_tokens).sum().backward()
+            found.append([logprobs.detach(), entropy.detach(), states.grad, unembedding.grad])
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+        for one, other in zip(*found):
+            size = 1 + other.abs().max().item()          # sums over tokens of unequal size
+            torch.testing.assert_close(one / size, other / size, rtol=tolerance, atol=tolerance)
+
+
 def test_states_and_ids_that_no_action_in_the_mask_needs_change_nothing_and_get_no_gradient():
     for rng in cases():
         x = TokenCase(rng)
@@ -539,7 +579,7 @@ def test_states_and_ids_that_no_action_in_the_mask_needs_change_nothing_and_get_
             states.requires_grad_()
             weight = x.unembedding.clone().requires_grad_()
             logprobs, entropy = x.run(hidden=states, ids=row_ids, unembedding=weight)
-            (logprobs.sum() + entropy.sum()).backward()
+            (logprobs.sum() + (entropy.sum() if x.entropy_grad else 0)).backward()
             results += [logprobs, entropy]
             gradients += [states.grad, weight.grad]
         assert_equal(results[2:], results[:2], 0, 0)
@@ -566,7 +606,7 @@ def test_logits_of_ten_thousand_stay_finite_with_their_gradients():
         x = TokenCase(rng, scale=1e4, dtype=torch.float32)
         states = x.hidden.requires_grad_()
         logprobs, entropy = x.run(hidden=states)
-        (logprobs.sum() + entropy.sum()).backward()
+        (logprobs.sum() + (entropy.sum() if x.entropy_grad else 0)).backward()
         assert logprobs.isfinite().all() and entropy.isfinite().all()
         assert states.grad.isfinite().all()
         assert (logprobs <= 0).all() and (entropy >= -1e-5).all()
