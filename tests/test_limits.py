@@ -212,13 +212,13 @@ def test_ppo_on_responses_that_are_all_equal_stays_finite(tmp_path, word, critic
         assert tensor.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="reward_model.normalise compares a float32 deviation with 0; "
-                   "for 20 equal scores of -61.7 it is 8e-6, and the head grows 100,000 times")
+@pytest.mark.xfail(strict=True, reason="reward_model.normalise compares a float32 deviation with "
+                   "0; for 20 equal scores of -61.7 it is 8e-6, and the head grows 100,000 times")
 def test_a_reward_model_on_equal_responses_says_that_there_is_nothing_to_normalise(tmp_path):
     policy = constant_folder(str(tmp_path / "policy"), END)
     rows = [{"prompt": "Colours for bana?", "chosen": "red", "rejected": f"blue {number}"}
             for number in range(6)]
-    rows += [{**rows[0], "prompt": text_of_length(28)}]     # leaves no room: only one is sampled to
+    rows += [{**rows[0], "prompt": text_of_length(28)}]      # leaves no room: is not sampled to
     data = write_rows(tmp_path / "rows", rows)
     cfg = reward_config(model=policy, data=data, held_out=1, epochs=1, norm_samples=20,
                         batch_size=2, out=str(tmp_path / "out"))
