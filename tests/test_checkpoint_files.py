@@ -130,11 +130,11 @@ def test_the_largest_states_end_soon_in_bounded_memory(tmp_path):
                  '{"step":' + "9" * 2_000_000 + "}", '{"a":0,"a":1}', '{"step": NaN}'):
         metadata = {"state": text, "crc32": checksum(text, {})}
         put(path, file_bytes({"__metadata__": metadata}, b""))
-        before, start = reset_peak(), time.monotonic()
+        before, start = reset_peak(), time.process_time()
         with pytest.raises(ValueError, match=STATE_FILE) as caught:
             read_state(path)
         assert len(str(caught.value)) < 1000
-        assert time.monotonic() - start < 5 and peak_memory() - before < 200 * MEBIBYTE
+        assert time.process_time() - start < 5 and peak_memory() - before < 200 * MEBIBYTE
 
 
 # ---- states with a right checksum that no trainer wrote ------------------------------------------

@@ -81,9 +81,9 @@ def test_a_million_white_spaces_do_not_kill_the_process(tiny_tokenizer, tmp_path
                                   "\0", "the"])
 def test_the_longest_texts_of_a_row_are_encoded_in_seconds(tiny_tokenizer, unit):
     text = unit * (data.MAX_LINE // len(unit.encode()))
-    start = time.monotonic()
+    start = time.process_time()
     assert tiny_tokenizer.decode(tiny_tokenizer.encode(text)) == text
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def slow_merges(texts, number):
@@ -393,11 +393,11 @@ def test_a_gzip_bomb_ends_at_the_line_limit_and_a_torn_file_is_refused(tmp_path)
 
 def measured(reader, *arguments):
     """Seconds and growth of memory in MiB that a reader took to refuse its file."""
-    before, start = reset_peak(), time.monotonic()
+    before, start = reset_peak(), time.process_time()
     with pytest.raises(ValueError, match="rows.jsonl") as caught:
         reader(*arguments)
     assert len(str(caught.value)) < 1000
-    return time.monotonic() - start, (peak_memory() - before) / MEBIBYTE
+    return time.process_time() - start, (peak_memory() - before) / MEBIBYTE
 
 
 ROW = b'{"prompt": "Hi?"}\n'
@@ -699,10 +699,10 @@ def test_the_largest_tokenizer_files_end_soon_in_bounded_memory(tmp_path):
     content = "\n".join(lines).encode()[:data.MAX_MERGES_FILE]
     (tmp_path / "merges.txt").write_bytes(content[:content.rindex(b"\n") + 1])
     (tmp_path / "vocab.json").write_bytes(b'{"a":[' + b"{}," * 1_390_000 + b"{}]}")
-    before, start = reset_peak(), time.monotonic()
+    before, start = reset_peak(), time.process_time()
     with pytest.raises(ValueError, match="vocab.json"):
         Tokenizer.load(str(tmp_path))
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     assert peak_memory() - before < 300 * MEBIBYTE
 
 

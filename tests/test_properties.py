@@ -15,7 +15,7 @@ import torch
 
 from minirlhf.common import learning_rate, masked_mean, whiten
 from minirlhf.data import response_mask
-from minirlhf.gpt2 import behaviour_logprobs, filter_logprobs, sample, token_logprobs
+from minirlhf.gpt2 import behaviour_logprobs, filter_logprobs, product, sample, token_logprobs
 from minirlhf.ppo import adapt_kl_coef, gae, policy_loss, shaped_rewards, value_loss
 from minirlhf.reward_model import accuracy, bradley_terry_loss, calibration_error
 from minirlhf.sft import sft_loss
@@ -508,6 +508,29 @@ def test_calibration_error_equals_a_slow_reference_and_does_not_depend_on_order(
         assert calibration_error(shuffled, bins) == pytest.approx(found, abs=1e-12)
         assert 0 <= found <= 1
         assert accuracy(margins) + accuracy(-margins) == pytest.approx(1)
+
+
+# ---- products without a gradient -----------------------------------------------------------------
+
+def test_products_without_a_gradient_equal_those_with_one():
+    """On either side of the sizes from which another library computes them."""
+    for rng in cases(max(10, CASES // 20)):
+        rows, n_in, n_out = rng.randint(1, 9), rng.randint(256, 700), rng.randint(256, 700)
+        scale = rng.choice([1e-3, 1, 1e4])
+        x = draw(rng, rows, n_in, scale=scale, dtype=torch.float32)
+        weight = draw(rng, n_out, n_in, dtype=torch.float32)
+        if rng.random() < 0.5:
+            weight = weight.T.contiguous().T             # as Conv1D stores it
+        bias = rng.choice([None, draw(rng, n_out, dtype=torch.float32)])
+        junk = rng.choice([None, *JUNK])
+        if junk is not None:
+            x[rng.randrange(rows), rng.randrange(n_in)] = junk
+        expected = torch.nn.functional.linear(x, weight, bias)
+        with torch.no_grad():
+            found = product(x, weight, bias)
+        size = scale * math.sqrt(n_in) if junk is None or not math.isfinite(junk) else 1e30
+        assert torch.equal(found.isnan(), expected.isnan())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
 
 
 # ---- from hidden states to log-probabilities -----------------------------------------------------

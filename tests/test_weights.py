@@ -223,10 +223,10 @@ def test_an_enormous_header_is_refused_without_reading_it(tmp_path):
     with open(path, "wb") as file:
         file.write((10 ** 11).to_bytes(8, "little"))
         file.truncate(10 ** 11 + 16)                 # a hole: the file takes no space
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match="header at most"):
         read_safetensors(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def nested(width: int, depth: int) -> list:
@@ -259,9 +259,9 @@ def test_the_largest_headers_end_soon_in_bounded_memory(tmp_path, case):
     assert len(header) <= weights.MAX_HEADER
     (tmp_path / "warm").write_bytes(file_bytes({"a": entry()}, EIGHT))
     read_safetensors(tmp_path / "warm")
-    before, start = reset_peak(), time.monotonic()
+    before, start = reset_peak(), time.process_time()
     assert_refused(tmp_path, file_bytes(header, EIGHT), "bad.safetensors")
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert peak_memory() - before < 200 * MEBIBYTE
 
 
@@ -281,11 +281,11 @@ def test_a_file_of_holes_costs_its_reader_nothing(tmp_path, kind, count, end, wo
     path, head = tmp_path / "bad.safetensors", hole_header(kind, count, end)
     if not write_hole(path, head, len(head) + count * DTYPES[kind].itemsize):
         pytest.skip("no files with holes here")
-    before, start = reset_peak(), time.monotonic()
+    before, start = reset_peak(), time.process_time()
     with pytest.raises(ValueError, match=words) as caught:
         read_safetensors(path)
     assert str(path) in str(caught.value)
-    assert time.monotonic() - start < 2 and peak_memory() - before < 20 * MEBIBYTE
+    assert time.process_time() - start < 2 and peak_memory() - before < 20 * MEBIBYTE
 
 
 def test_tensors_are_read_when_they_are_used(tmp_path):
