@@ -429,6 +429,18 @@ def test_bombs_end_soon_in_bounded_memory(tmp_path, case):
     assert seconds < 10 and mebibytes < 64, (seconds, mebibytes)
 
 
+def test_gzip_files_over_the_limit_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    """Their size bounds the time: empty parts and long names take time, but give no text."""
+    path = tmp_path / "rows.jsonl"
+    packed = gzip.compress(ROW * 100)
+    path.write_bytes(packed)
+    monkeypatch.setattr(data, "MAX_PACKED", len(packed))
+    assert len(read_records(str(path), "prompts")) == 100
+    monkeypatch.setattr(data, "MAX_PACKED", len(packed) - 1)
+    with pytest.raises(ValueError, match="rows.jsonl: expected at most .* bytes of gzip"):
+        read_records(str(path), "prompts")
+
+
 def test_files_of_holes_are_refused_at_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     for head in (b"", ROW, b"\x1f\x8b\x08\x08"):
@@ -636,7 +648,7 @@ def test_mutated_data_files_end_in_the_rows_they_hold_or_a_value_error(tmp_path)
         if records is not None:
             check_records(records, content, kind)
     tally.finish()
-    assert min(tally.read, tally.refused) > 0.2 * (tally.read + tally.refused)
+    assert min(tally.read, tally.refused) > 0.1 * (tally.read + tally.refused)
 
 
 def simple_merges(content: bytes) -> list[tuple[str, str]]:

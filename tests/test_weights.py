@@ -236,6 +236,13 @@ def nested(width: int, depth: int) -> list:
     return value
 
 
+@pytest.mark.parametrize("value", [
+    nested(7, 7), "x" * 10 ** 6, {"k" * 500: "v" * 500, "l" * 500: ["w" * 500] * 9}, 10 ** 19,
+    [["x" * 100] * 9] * 9, {str(key): key for key in range(10 ** 5)}])
+def test_a_value_in_an_error_stays_one_short_line(value):
+    assert 0 < len(weights.short(value)) <= 210 and "\n" not in weights.short(value)
+
+
 NO_DATA = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 HEADER_BOMBS = {
     "a million lists": b'{"a":[' + b"[]," * 1_390_000 + b"[]]}",
@@ -447,6 +454,7 @@ def check_accepted(content: bytes, found: dict) -> None:
         assert found[name].dtype == DTYPES[values["dtype"]]
         assert list(found[name].shape) == values["shape"]
         assert bytes(weights.tensor_bytes(found[name])) == data[begin:end]
+        assert found[name].data_ptr() % found[name].dtype.itemsize == 0     # some CPUs insist
         assert struct_values(data[begin:end], values["dtype"]) == number_values(found[name])
         covered += end - begin
     assert covered == len(data)
