@@ -92,11 +92,12 @@ class Tokenizer:
     def __init__(self, merges: list[tuple[bytes, bytes]], source: str = "merges"):
         ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_ORDER)}
         for number, (left, right) in enumerate(merges, start=1):
-            known = left in ranks and right in ranks
-            check(known, f"{source}: merge {number} joins {short(left)} and {short(right)}, "
-                  "expected two earlier tokens")
-            new = left + right not in ranks
-            check(new, f"{source}: merge {number} makes {short(left + right)} a second time")
+            if left not in ranks or right not in ranks:    # a `check` would cost every merge
+                raise ValueError(f"{source}: merge {number} joins {short(left)} and "
+                                 f"{short(right)}, expected two earlier tokens")
+            if left + right in ranks:
+                raise ValueError(f"{source}: merge {number} makes {short(left + right)} a second "
+                                 "time")
             ranks[left + right] = len(ranks)
         self.merges = list(merges)
         self.end_token = len(ranks)
@@ -220,7 +221,8 @@ def parse_merges(data: bytes, path: str) -> list[tuple[bytes, bytes]]:
             continue
         parts = line.split(" ")
         ok = len(parts) == 2 and all(parts) and all(name in NAME_BYTE for name in "".join(parts))
-        check(ok, f"{path}:{number}: expected two tokens, found {short(line)}")
+        if not ok:
+            raise ValueError(f"{path}:{number}: expected two tokens, found {short(line)}")
         left, right = (bytes(NAME_BYTE[name] for name in part) for part in parts)
         merges.append((left, right))
     return merges

@@ -563,9 +563,11 @@ def test_a_function_that_is_not_there_is_refused_by_name(spec):
 # ---- bad files by the thousand -------------------------------------------------------------------
 
 INSERTED = [b"\n", b"\x00", b"\xff", b'"', b"{", b"[", b"null", b"1e999", b"\\ud800", b"\r",
-            b"\\u0000", b"\xef\xbb\xbf", b',"prompt": "b"', b"\xc0\x80", b"\xed\xa0\x80", b"\x1f\x8b\x08"]
+            b"\\u0000", b"\xef\xbb\xbf", b',"prompt": "b"', b"\xc0\x80", b"\xed\xa0\x80",
+            b"\x1f\x8b\x08"]
 ORIGINALS = [[PAIR, PAIR], [{"prompt": "a", "response": "b"}] * 3,
-             [{"prompt": "\u00e9\U0001f642"}] * 2, [HH, HH], [POST, POST], [TLDR_PAIR, {**TLDR_PAIR, "choice": 0}]]
+             [{"prompt": "\u00e9\U0001f642"}] * 2, [HH, HH], [POST, POST],
+             [TLDR_PAIR, {**TLDR_PAIR, "choice": 0}]]
 
 
 def plain_gzip(content: bytes) -> tuple[bytes, bytes]:
@@ -599,8 +601,9 @@ def odd_row(rng: random.Random, row: dict) -> dict:
     owner = rng.choice([row, row, row.get("info", row), *row.get("summaries", [])])
     keys = [key for key, value in owner.items() if isinstance(value, str)]
     if keys and rng.random() < 0.5:
-        key, odd = rng.choice(keys), rng.choice(["\0", "\u2028", "\x85", "\r", "\U0010ffff", " ", "{}",
-                                                "\n\nHuman:", "\n\nAssistant:", "", "\ufeff"])
+        odd = rng.choice(["\0", "\u2028", "\x85", "\r", "\U0010ffff", " ", "{}", "\n\nHuman:",
+                          "\n\nAssistant:", "", "\ufeff"])
+        key = rng.choice(keys)
         at = rng.randint(0, len(owner[key]))
         owner[key] = rng.choice([owner[key][:at] + odd + owner[key][at:], odd, owner[key][at:]])
     return row
