@@ -47,10 +47,11 @@ STATE_KEYS = {"command": str, "config": dict, "step": int, "extra": dict, "row":
 
 def checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     """CRC-32 of the text and of every tensor's name, type, shape and bytes."""
-    value = zlib.crc32(text.encode("utf-8"))
+    value = zlib.crc32(text.encode("utf-8", "surrogatepass"))
     for name in sorted(tensors):
         tensor = tensors[name]
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        label = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        value = zlib.crc32(label.encode("utf-8", "surrogatepass"), value)
         value = zlib.crc32(tensor_bytes(tensor), value)
     return f"{value:08x}"
 
@@ -84,11 +85,13 @@ def unpack(tensors: dict[str, torch.Tensor], networks: nn.Module,
               f"{tuple(expected) if expected is not None else 'no such tensor'}")
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        if name in targets:
-            targets[name].copy_(tensor)
-        else:
+        if name not in targets:
             _, number, key = name.split(".")
             moments.setdefault(int(number), {})[key] = tensor.clone()
+    partly = [number for number, values in moments.items() if len(values) < 3]
+    check(not partly, f"{path}: of optimizer.{partly[:1]} a part is missing")
+    for name, target in targets.items():
+        target.copy_(tensors[name])
     optimizer.load_state_dict({"state": moments,
                                "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -108,7 +111,7 @@ def read_state(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     text = metadata.get("state", "")
     check(metadata.get("crc32") == checksum(text, tensors), f"{path}: the checksum is wrong: the "
           "file is damaged, or no training state; delete it to start over")
-    state = parse_json(text.encode("utf-8"), path)
+    state = parse_json(text.encode("utf-8", "surrogatepass"), path)
     for key, kind in STATE_KEYS.items():
         check(type(state.get(key)) is kind, f"{path}: {key} is missing or no {kind.__name__}; "
               "delete the file to start over")

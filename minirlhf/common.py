@@ -284,9 +284,13 @@ class PartFile:
 
     def sync(self) -> int:
         """Wait until the disk has all of it; returns the file's size in bytes."""
-        with open(self.path, "rb+") as file:
-            os.fsync(file.fileno())
-            return os.fstat(file.fileno()).st_size
+        try:
+            with open(self.path, "rb+") as file:
+                os.fsync(file.fileno())
+                return os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} could not be written ({error.strerror}): free "
+                          "some space, then go on from the last checkpoint") from None
 
     def finish(self) -> None:
         """Give the file its name; nothing is written after it."""

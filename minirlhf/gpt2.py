@@ -648,12 +648,11 @@ def check_names(expected, found, folder: str) -> None:
 
 def check_sizes(config: GPT2Config, trunk: dict[str, torch.Tensor], folder: str) -> None:
     """Compare config.json with the file, before memory for a model of that size is asked for."""
-    C, last = config.n_embd, f"h.{config.n_layer - 1}.ln_1.weight"
-    for name, shape in (("wte.weight", (config.vocab_size, C)),
-                        ("wpe.weight", (config.n_positions, C)), (last, (C,))):
-        check(name in trunk, f"{folder}: tensor {name} is missing; is this a GPT-2 checkpoint of "
-              "the size that config.json states?")
-        check_shape(name, trunk[name], shape, folder)
+    with torch.device("meta"):                           # names and shapes without memory
+        expected = GPT2(config).state_dict()
+    check_names(expected, trunk, folder)
+    for name, tensor in expected.items():
+        check_shape(name, trunk[name], tensor.shape, folder)
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], folder: str) -> None:

@@ -182,7 +182,8 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
     Lecture: lectures/03-ppo.md, "The clipped objective".
     """
     difference = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
-    ratio = difference.exp()                                                        # (B, T-1)
+    # careful: exp(89) is inf in float32, and 0 * inf, its gradient where the clip holds, is nan
+    ratio = difference.clamp(max=80).exp()                                          # (B, T-1)
     unclipped = -ratio * advantages                                                 # (B, T-1)
     clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages               # (B, T-1)
     return masked_mean(torch.maximum(unclipped, clipped), mask, token_count), ratio
@@ -198,6 +199,11 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
     Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py, loss.
     Lecture: lectures/03-ppo.md, "The critic".
     """
+    # careful: the gradient of what is masked afterwards is 0 * inf if it was inf
+    zeros = torch.zeros_like(values)                                                # (B, T-1)
+    values = torch.where(mask, values, zeros)
+    old_values = torch.where(mask, old_values, zeros)
+    returns = torch.where(mask, returns, zeros)
     nearby = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     errors = torch.maximum((values - returns) ** 2, (nearby - returns) ** 2)        # (B, T-1)
     return 0.5 * masked_mean(errors, mask, token_count)

@@ -262,8 +262,9 @@ def normalise(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: R
     """Give the scores of the SFT model's own responses mean 0 and deviation 1."""
     picks = torch.randint(len(prompts), (cfg.norm_samples,), generator=random_stream(cfg.seed, 1))
     scores = sft_scores(model, policy, [prompts[i] for i in picks], cfg, end_token)     # (N,)
-    check(scores.std().item() > 0, "all SFT responses get the same score: nothing to normalise by; "
-          "is the data all alike, or the learning rate 0?")
+    rounding = 1e-5 * (1 + scores.abs().max().item())    # equal scores have some 1e-7 of their size
+    check(scores.std().item() > rounding, "all SFT responses get the same score: nothing to "
+          "normalise by; is the data all alike, or the learning rate 0?")
     fold_normalisation(model, scores.mean().item(), scores.std().item())
     print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation "
           f"{scores.std():.2f}, now 0 and 1", flush=True)
@@ -309,6 +310,7 @@ def main(cfg: RewardModelConfig) -> dict:
                        lr=lr)
             if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:
                 margins = held_out_margins(model, test, cfg, tokenizer.end_token)   # (N,)
+                check_finite("held-out margins", margins, f"step {step}")
                 row["held_out_loss"] = bradley_terry_loss(margins, torch.zeros_like(margins)).item()
                 row["held_out_accuracy"] = accuracy(margins)
                 row["calibration_error"] = calibration_error(margins)

@@ -212,8 +212,6 @@ def test_ppo_on_responses_that_are_all_equal_stays_finite(tmp_path, word, critic
         assert tensor.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="reward_model.normalise compares a float32 deviation with "
-                   "0; for 20 equal scores of -61.7 it is 8e-6, and the head grows 100,000 times")
 def test_a_reward_model_on_equal_responses_says_that_there_is_nothing_to_normalise(tmp_path):
     policy = constant_folder(str(tmp_path / "policy"), END)
     rows = [{"prompt": "Colours for bana?", "chosen": "red", "rejected": f"blue {number}"}
