@@ -1,0 +1,191 @@
+"""Reads a run's folder, examines it, and writes the findings as text."""
+
+import csv
+import math
+import os
+import re
+
+from minirlhf.common import check
+from minirlhf.diagnose.illnesses import (PPO, REWARD_MODEL, SFT, Examination, Finding, mean,
+                                         smooth, values_of)
+
+STAGES = {"PPO": PPO, "reward model": REWARD_MODEL, "SFT": SFT}
+TABLE_WIDTH = 7 * 14                    # the numbers of a token table in PPO's samples.txt
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+def find_file(folder: str, name: str) -> str:
+    """`name` or `name`.part in the folder, "" for neither. The part belongs to a later run."""
+    for candidate in (name + ".part", name):
+        if os.path.isfile(os.path.join(folder, candidate)):
+            return os.path.join(folder, candidate)
+    return ""
+
+
+def read_run(folder: str) -> tuple[str, list[str], list[dict]]:
+    """The path of a run's metrics, the columns, and the rows as numbers, empty cells left out.
+
+    Raises: FileNotFoundError when there is no folder or no metrics in it; ValueError for a file
+    that does not hold numbers under names.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: expected the folder of a run, found none of that name; "
+                                "it is the --out of sft, reward_model or ppo")
+    path = find_file(folder, "metrics.csv")
+    if not path:
+        raise FileNotFoundError(f"{folder}: expected a file metrics.csv, or metrics.csv.part of a "
+                                "run that is not finished, found neither; is it the --out of a "
+                                "trainer?")
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        lines = file.read().split("\n")
+    complete = lines[:-1]                # what follows the last line end is still being written
+    check(len(complete) >= 2, f"{path}: expected a line of names and at least one row of numbers")
+    columns, *table = csv.reader(complete)
+    rows = []
+    for number, cells in enumerate(table, start=2):
+        try:
+            check(len(cells) == len(columns), "")
+            rows.append({name: float(cell) for name, cell in zip(columns, cells) if cell})
+        except ValueError:
+            raise ValueError(f"{path}:{number}: expected {len(columns)} numbers, one for each name "
+                             f"of the first line, found {','.join(cells)[:60]!r}") from None
+    return path, columns, rows
+
+
+def stage_of(columns: list[str], path: str) -> str:
+    """Which trainer wrote these columns: PPO, reward model or SFT.
+
+    Raises: ValueError when it was none of them.
+    """
+    for stage, needed in (("PPO", {"iteration", "score", "kl_ref", "entropy"}),
+                          ("reward model", {"step", "loss", "held_out_loss", "held_out_accuracy"}),
+                          ("SFT", {"step", "loss", "held_out_loss", "grad_norm"})):
+        if needed <= set(columns):
+            return stage
+    raise ValueError(f"{path}: expected the columns of ppo (iteration, score, kl_ref, entropy ...) "
+                     "or of sft and reward_model (step, loss, held_out_loss, grad_norm ...), found "
+                     f"{', '.join(columns)[:200]}")
+
+
+def samples_of(folder: str) -> list[str]:
+    """What the policy wrote, first and last, one line each; empty if there is no samples.txt."""
+    path = find_file(folder, "samples.txt")
+    if not path:
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    blocks = re.split(r"^(?=(?:iteration|step) \d+$)", text, flags=re.M)[1:]
+    lines = [sample_line(block) for block in blocks]
+    return lines[:1] + lines[1:][-1:]
+
+
+def sample_line(block: str) -> str:
+    """One sample of a block of samples.txt: its first prompt with the response behind it."""
+    head, *body = block.strip().split("\n")
+    first = body[0].strip() if body else ""
+    if not first.startswith("prompt: "):                 # SFT: prompt | response in one line
+        return f"{head}: {first}"
+    tokens = [line[:-TABLE_WIDTH].rstrip("\n") for line in body[2:] if not line.startswith("sum ")]
+    # a token is padded to 16 columns: what it ends with is lost, what it begins with is not
+    response = "".join(token.rstrip() for token in tokens)
+    return f"{head}: {first.removeprefix('prompt: ')}\n    response: {response.strip()}"
+
+
+# ---- examining -----------------------------------------------------------------------------------
+
+def check_numbers(path: str, rows: list[dict], columns: set[str]) -> None:
+    """Refuse nan and inf: what follows such a row says nothing."""
+    for row in rows:
+        for name in sorted(columns & set(row)):
+            check(math.isfinite(row[name]), f"{path}: {name} is {row[name]} in the row of "
+                  f"{next(iter(row))} {int(next(iter(row.values())))}; the run broke down there: "
+                  "look at the data and the reward, or lower the rate")
+
+
+def examine(stage: str, columns: list[str], rows: list[dict]):
+    """Findings, what is healthy (examination each), and what could not be said (illness, why).
+
+    Example: a PPO run of 6 iterations has too few for "critic explains nothing".
+    """
+    findings, healthy, unsaid = [], [], []
+    for examination in STAGES[stage]:
+        reason = missing(examination, columns, rows)
+        if reason:
+            unsaid.append((examination.illness, reason))
+            continue
+        found = examination.function(rows)
+        if found is None:
+            healthy.append(examination)
+        else:
+            assert found.illness == examination.illness, (found.illness, examination.illness)
+            findings.append(found)
+    return findings, healthy, unsaid
+
+
+def missing(examination: Examination, columns: list[str], rows: list[dict]) -> str:
+    """Why an illness cannot be looked for in these rows; "" if it can."""
+    for name in examination.columns:
+        if name not in columns:
+            return f"there is no column {name}"
+        count = len(values_of(rows, name))
+        if count == 0 and name == "gold":
+            return "gold is empty (--gold names a judge)"
+        if count < examination.rows:
+            return f"{name} has {count} values so far, {examination.rows} are needed"
+    return ""
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+def describe_healthy(examination: Examination, rows: list[dict]) -> str:
+    """One line: what is well, and the column that shows it, at the beginning and at the end."""
+    values = smooth(values_of(rows, examination.columns[0]))
+    return (f"  {examination.healthy}  ({examination.columns[0]} {values[0]:.4g} -> "
+            f"{values[-1]:.4g})")
+
+
+def describe_finding(finding: Finding) -> str:
+    """A finding as a paragraph."""
+    lines = [f"  {finding.illness.upper()}", f"  {finding.figure}", "    likely causes:"]
+    lines += [f"      - {cause}" for cause in finding.causes]
+    lines += ["    what to try:"] + [f"      - {remedy}" for remedy in finding.remedies]
+    lines += [f"    read: {finding.lecture}"]
+    return "\n".join(lines)
+
+
+def write_report(folder: str) -> tuple[str, list[Finding]]:
+    """Examine the run in a folder; returns the text and the findings."""
+    path, columns, rows = read_run(folder)
+    stage = stage_of(columns, path)
+    check_numbers(path, rows, {name for examination in STAGES[stage]
+                               for name in examination.columns})
+    findings, healthy, unsaid = examine(stage, columns, rows)
+    unit = "iterations" if stage == "PPO" else "steps"
+    state = ", not finished" if path.endswith(".part") else ""
+    parts = [f"{path}: {stage}, {len(rows)} {unit}{state}"]
+    if findings:
+        parts.append("NOT HEALTHY\n" + "\n\n".join(describe_finding(x) for x in findings))
+    if healthy:
+        parts.append("healthy (means of the first two and of the last two values)\n"
+                     + "\n".join(describe_healthy(examination, rows) for examination in healthy))
+    if unsaid:
+        parts.append("too early or not possible to say\n" + "\n".join(
+            f"  {illness}: {reason}" for illness, reason in unsaid))
+    samples = samples_of(folder)
+    if samples:
+        parts.append("what it writes (samples.txt has more)\n" + "\n".join(
+            f"  {line}" for line in samples))
+    parts.append(conclusion(findings, stage))
+    return "\n\n".join(parts), findings
+
+
+def conclusion(findings: list[Finding], stage: str) -> str:
+    """The last sentence: what to do next."""
+    if findings:
+        return f"{len(findings)} finding{'s' * (len(findings) > 1)}. Begin with the first: the " \
+               "others may follow from it."
+    if stage == "PPO":
+        return "Nothing ill was found. Whether the responses are better is another question: " \
+               "python -m minirlhf.evaluate"
+    return "Nothing ill was found."

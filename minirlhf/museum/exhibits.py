@@ -1,0 +1,130 @@
+"""The labels of the museum: each classic mistake, where it was seen, and what catches it.
+
+`EXHIBITS` are mistakes that sit in one function, so that they can be switched on by putting a wrong
+twin in its place. `GUARDED` are those that do not; a named test stands guard against each.
+Lecture: lectures/03-ppo.md, "Bugs that run".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from minirlhf import common, gpt2, ppo, sft
+from minirlhf.museum import mistakes
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One mistake that can be switched on."""
+    name: str
+    mistake: str                        # what is wrong, in one sentence
+    seen: str                           # where it was found in published code
+    places: tuple                       # (owner, name) where the right function is looked up
+    wrong: Callable                     # its twin in mistakes.py
+    stage: str                          # the trainer in which the effect is measured
+    test: str                           # file::function in tests/ that fails while it is on
+    stops: str = ""                     # the check of the trainer that stops the run, if one does
+    options: dict = field(default_factory=dict)     # of the run that shows the effect
+
+    def replacements(self) -> list[tuple]:
+        """What `substituted` needs to switch the mistake on."""
+        return [(owner, name, self.wrong) for owner, name in self.places]
+
+
+EXHIBITS = [
+    Exhibit("temperature", "Tokens are sampled at temperature 0.7 and scored at 1.",
+            "the seed lecture of this course; trl issue 3169; OpenRLHF pull request 853",
+            ((gpt2, "next_logprobs"),), mistakes.next_logprobs, "ppo",
+            "test_gpt2.py::test_log_probabilities_of_the_sampling_equal_those_of_a_full_forward"
+            "_pass", "check_invariants"),
+    Exhibit("dropout", "Dropout is on in the update and off in the rollout.",
+            "the seed lecture of this course; trlx issue 107; trl issues 4 and 454",
+            ((gpt2.MLP, "forward"),), mistakes.mlp_forward, "ppo",
+            "test_museum.py::test_a_run_keeps_its_invariants", "the first ratio of update"),
+    Exhibit("pad_mask", "The loss leaves out every padding id, and with it the end token.",
+            "rlhf-book; minChatGPT; mlabonne/llm-course issue 33",
+            ((sft, "make_batch"),), mistakes.make_batch_with_pad_mask, "sft",
+            "test_sft.py::test_the_end_token_gets_gradient_and_prompt_and_padding_get_none"),
+    Exhibit("late_score", "The score stands one column behind the last action.",
+            "summarize_from_feedback_details; trl pull request 5338",
+            ((ppo, "shaped_rewards"),), mistakes.score_one_too_late, "ppo",
+            "test_ppo.py::test_the_score_is_exactly_at_the_last_action", "check_invariants"),
+    Exhibit("early_whitening", "Returns are taken from whitened advantages.",
+            "RLHF_in_notebooks",
+            ((ppo, "gae"),), mistakes.gae_whitened_too_early, "ppo",
+            "test_ppo.py::test_gae_hand_example"),
+    Exhibit("mean_added_back", "Whitening adds the mean back that it has taken away.",
+            "RLHF_in_notebooks",
+            ((common, "whiten"), (ppo, "whiten")), mistakes.whiten_and_add_the_mean, "ppo",
+            "test_common.py::test_whiten_of_the_docstring"),
+    Exhibit("negated_kl", "The KL penalty has the wrong sign: leaving the reference is paid for.",
+            "rlhf-book; minChatGPT (k1 negated)",
+            ((ppo, "shaped_rewards"),), mistakes.penalty_with_the_wrong_sign, "ppo",
+            "test_ppo.py::test_shaped_rewards_hand_example", "check_invariants"),
+    Exhibit("inverted_k3", "kl_old is estimated with the ratio upside down.",
+            "rlhf-book; minChatGPT (k3 with the ratio inverted)",
+            ((ppo, "policy_loss"),), mistakes.policy_loss_with_inverted_ratio, "ppo",
+            "test_ppo.py::test_expected_kl_old_is_the_exact_kl_of_the_rollout_policy_to_the_updated"
+            "_one"),
+    Exhibit("old_minus_new", "The ratio is old over new, so that good tokens become unlikely.",
+            "the same slip as k3 inverted, in the loss itself",
+            ((ppo, "policy_loss"),), mistakes.policy_loss_old_minus_new, "ppo",
+            "test_ppo.py::test_policy_loss_cases"),
+    Exhibit("unused_mask", "A function takes a mask and does not use it.",
+            "minChatGPT",
+            ((common, "masked_mean"), (ppo, "masked_mean")), mistakes.masked_mean_without_mask,
+            "ppo", "test_common.py::test_what_is_outside_the_mask_changes_nothing"),
+    Exhibit("late_clip", "Gradients are clipped before backward has made them.",
+            "minChatGPT",
+            ((sft, "train_step"),), mistakes.train_step_clipped_before_backward, "sft",
+            "test_sft.py::test_gradients_are_clipped_after_backward", options={"lr": 3e-3}),
+    Exhibit("padded_metrics", "Metrics are averaged over prompt and padding too.",
+            "CleanRL; trl",
+            ((ppo, "measure"),), mistakes.measure_with_padding, "ppo",
+            "test_ppo.py::test_measure_equals_a_slow_reference_on_a_ragged_batch"),
+    Exhibit("exact_gelu", "The exact GELU with weights that were trained with the tanh form.",
+            "nanoGPT; LearnRLHF",
+            ((gpt2.MLP, "forward"),), mistakes.exact_gelu_forward, "sft",
+            "test_gpt2.py::test_the_network_equals_a_slow_one_with_attention_written_out"),
+    Exhibit("padded_score", "The reward model averages over the row, padding among it.",
+            "minChatGPT; reward-bench issue 137",
+            ((gpt2.ScalarModel, "score"),), mistakes.score_of_the_row, "reward_model",
+            "test_reward_model.py::test_a_score_does_not_depend_on_padding"),
+    Exhibit("all_ended", "A response that was cut at the limit is treated as finished.",
+            "most programs; trl pull request 1536",
+            ((ppo, "generate"),), mistakes.generate_all_ended, "ppo",
+            "test_ppo.py::test_the_missing_end_penalty_is_for_rows_that_did_not_end",
+            options={"max_new_tokens": 12}),
+]
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A mistake that no single wrong function makes; a test stands guard."""
+    mistake: str
+    seen: str
+    test: str
+
+
+GUARDED = [
+    Guarded("The value head's gradients are outside the clip.", "the seed lecture of this course",
+            "test_ppo.py::test_the_clip_covers_all_that_the_optimiser_owns_and_frozen_networks"
+            "_stay"),
+    Guarded("Metrics are those of the last minibatch.", "CleanRL; trl",
+            "test_ppo.py::test_update_equals_a_slow_reference_on_a_ragged_batch"),
+    Guarded("The prompt is encoded again to find its length.", "the seed lecture of this course",
+            "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says"),
+    Guarded("An option that nothing reads.", "PaLM-rlhf-pytorch; lm-human-preference-details",
+            "test_cli.py::test_every_config_field_is_read_and_has_a_comment"),
+]
+
+
+def find(name: str) -> Exhibit:
+    """The exhibit of that name.
+
+    Raises: ValueError with the names that there are.
+    """
+    for exhibit in EXHIBITS:
+        if exhibit.name == name:
+            return exhibit
+    names = ", ".join(exhibit.name for exhibit in EXHIBITS)
+    raise ValueError(f"the museum has no exhibit {name!r}, expected one of {names}")
