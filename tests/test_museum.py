@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -39,14 +40,17 @@ def cases_of(function) -> list[dict]:
 
 
 def fails(function) -> bool:
-    """Whether the test fails in one of its cases."""
+    """Whether the test fails in one of its cases; it gets the fixtures that it asks for."""
     for case in cases_of(function):
-        try:
-            function(**case)
-        except (AssertionError, ValueError, RuntimeError):
-            return True
-        except pytest.fail.Exception:                    # pytest.raises that saw nothing
-            return True
+        with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory() as path:
+            fixtures = {"monkeypatch": monkeypatch, "tmp_path": Path(path)}
+            wanted = set(inspect.signature(function).parameters) & set(fixtures)
+            try:
+                function(**case, **{name: fixtures[name] for name in wanted})
+            except (AssertionError, ValueError, RuntimeError):
+                return True
+            except pytest.fail.Exception:                # a pytest.raises that saw nothing
+                return True
     return False
 
 

@@ -77,6 +77,15 @@ EXHIBITS = [
             "minChatGPT",
             ((sft, "train_step"),), mistakes.train_step_clipped_before_backward, "sft",
             "test_sft.py::test_gradients_are_clipped_after_backward", options={"lr": 3e-3}),
+    Exhibit("unclipped_critic", "The critic's gradients are outside the clip.",
+            "the seed lecture of this course",
+            ((ppo, "clip_gradients"),), mistakes.clip_policy_only, "ppo",
+            "test_ppo.py::test_the_clip_covers_all_that_the_optimiser_owns_and_frozen_networks"
+            "_stay"),
+    Exhibit("last_metrics", "Metrics are those of the last minibatch.",
+            "CleanRL; trl",
+            ((ppo, "update"),), mistakes.update_with_last_metrics, "ppo",
+            "test_ppo.py::test_update_equals_a_slow_reference_on_a_ragged_batch"),
     Exhibit("padded_metrics", "Metrics are averaged over prompt and padding too.",
             "CleanRL; trl",
             ((ppo, "measure"),), mistakes.measure_with_padding, "ppo",
@@ -89,9 +98,13 @@ EXHIBITS = [
             "minChatGPT; reward-bench issue 137",
             ((gpt2.ScalarModel, "score"),), mistakes.score_of_the_row, "reward_model",
             "test_reward_model.py::test_a_score_does_not_depend_on_padding"),
+    Exhibit("encoded_prompt", "The prompt is encoded again to find its length.",
+            "the seed lecture of this course; trl issue 1674",
+            ((ppo, "sample_responses"),), mistakes.responses_with_encoded_prompts, "ppo",
+            "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says", "check_invariants"),
     Exhibit("all_ended", "A response that was cut at the limit is treated as finished.",
             "most programs; trl pull request 1536",
-            ((ppo, "generate"),), mistakes.generate_all_ended, "ppo",
+            ((ppo, "sample_responses"),), mistakes.responses_all_ended, "ppo",
             "test_ppo.py::test_the_missing_end_penalty_is_for_rows_that_did_not_end",
             options={"max_new_tokens": 12}),
 ]
@@ -106,13 +119,6 @@ class Guarded:
 
 
 GUARDED = [
-    Guarded("The value head's gradients are outside the clip.", "the seed lecture of this course",
-            "test_ppo.py::test_the_clip_covers_all_that_the_optimiser_owns_and_frozen_networks"
-            "_stay"),
-    Guarded("Metrics are those of the last minibatch.", "CleanRL; trl",
-            "test_ppo.py::test_update_equals_a_slow_reference_on_a_ragged_batch"),
-    Guarded("The prompt is encoded again to find its length.", "the seed lecture of this course",
-            "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says"),
     Guarded("An option that nothing reads.", "PaLM-rlhf-pytorch; lm-human-preference-details",
             "test_cli.py::test_every_config_field_is_read_and_has_a_comment"),
 ]

@@ -5,15 +5,14 @@ that somebody got wrong in published code. The line is marked `# WRONG`. Which f
 for, what it does to a run, and which test catches it, is on its label in `exhibits.py`.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-from minirlhf.common import check_finite, masked_mean, whiten
+from minirlhf.common import clip_gradients, masked_mean, whiten
 from minirlhf.data import Tokenizer, pad, response_mask
-from minirlhf.gpt2 import GPT2, MLP, Generation, ScalarModel, behaviour_logprobs, generate
-from minirlhf.ppo import Rollout, gae, measure, policy_loss
+from minirlhf.gpt2 import GPT2, MLP, Generation, ScalarModel, behaviour_logprobs
+from minirlhf.ppo import (PolicyWithValue, PPOConfig, Rollout, gae, measure, minibatches,
+                          policy_loss, sample_responses, train_step)
 from minirlhf.sft import Demonstration, SFTConfig, batch_loss, make_batch
 
 
@@ -38,23 +37,34 @@ def exact_gelu_forward(self: MLP, x: torch.Tensor) -> torch.Tensor:
 
 # ---- masks and ends ------------------------------------------------------------------------------
 
-def make_batch_with_pad_mask(rows: list[Demonstration], end_token: int):
+def make_batch_with_pad_mask(rows: list[Demonstration], end_token: int, device: str = "cpu"):
     """A mask that leaves out every padding id, and so the end token, which has the same id."""
     ids, lengths = pad([row.prompt + row.response for row in rows], end_token)      # (B, T), (B,)
     prompt_lengths = torch.tensor([len(row.prompt) for row in rows])                # (B,)
-    mask = response_mask(prompt_lengths, lengths, ids.shape[1])
-    return ids, mask & (ids[:, 1:] != end_token)                                    # WRONG
+    mask = response_mask(prompt_lengths, lengths, ids.shape[1])                     # (B, T-1)
+    mask = mask & (ids[:, 1:] != end_token)                                         # WRONG
+    return ids.to(device), mask.to(device)
 
 
-def generate_all_ended(model: GPT2, prompts: list[list[int]], max_new_tokens: int,
-                       **options) -> Generation:
+def responses_all_ended(policy: GPT2, prompts: list[list[int]], cfg: PPOConfig,
+                        tokenizer: Tokenizer, iteration: int) -> Generation:
     """Every response counts as finished, also one that was cut at the limit."""
-    made = generate(model, prompts, max_new_tokens, **options)
+    made = sample_responses(policy, prompts, cfg, tokenizer, iteration)
     made.ended = torch.ones_like(made.ended)                                        # WRONG
     return made
 
 
-def masked_mean_without_mask(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def responses_with_encoded_prompts(policy: GPT2, prompts: list[list[int]], cfg: PPOConfig,
+                                   tokenizer: Tokenizer, iteration: int) -> Generation:
+    """The prompt's length is found by encoding its text again, which has no end token in front."""
+    made = sample_responses(policy, prompts, cfg, tokenizer, iteration)
+    lengths = [len(tokenizer.encode(tokenizer.decode(prompt))) for prompt in prompts]     # WRONG
+    made.prompt_lengths = torch.tensor(lengths)
+    return made
+
+
+def masked_mean_without_mask(x: torch.Tensor, mask: torch.Tensor,
+                             count: int | None = None) -> torch.Tensor:
     """Takes a mask and does not use it."""
     return x.mean()                                                                 # WRONG
 
@@ -105,21 +115,22 @@ def whiten_and_add_the_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 # ---- the update ----------------------------------------------------------------------------------
 
 def policy_loss_old_minus_new(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
-                              advantages: torch.Tensor, mask: torch.Tensor,
-                              cliprange: float) -> tuple[torch.Tensor, torch.Tensor]:
+                              advantages: torch.Tensor, mask: torch.Tensor, cliprange: float,
+                              token_count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The ratio upside down: what did well becomes less likely."""
     difference = torch.where(mask, old_logprobs - logprobs, torch.zeros_like(logprobs))   # WRONG
     ratio = difference.exp()                                                        # (B, T-1)
     unclipped = -ratio * advantages                                                 # (B, T-1)
     clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages               # (B, T-1)
-    return masked_mean(torch.maximum(unclipped, clipped), mask), ratio
+    return masked_mean(torch.maximum(unclipped, clipped), mask, token_count), ratio
 
 
 def policy_loss_with_inverted_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
-                                    advantages: torch.Tensor, mask: torch.Tensor,
-                                    cliprange: float) -> tuple[torch.Tensor, torch.Tensor]:
+                                    advantages: torch.Tensor, mask: torch.Tensor, cliprange: float,
+                                    token_count: int | None = None
+                                    ) -> tuple[torch.Tensor, torch.Tensor]:
     """The right loss, but the k3 estimate of kl_old gets the ratio upside down."""
-    loss, ratio = policy_loss(logprobs, old_logprobs, advantages, mask, cliprange)
+    loss, ratio = policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, token_count)
     return loss, 1 / ratio                                                          # WRONG
 
 
@@ -128,18 +139,18 @@ def train_step_clipped_before_backward(policy: GPT2, optimizer: torch.optim.Opti
                                        where: str) -> tuple[float, float]:
     """Clips gradients that are not there yet."""
     token_count = sum(len(row.response) for row in rows)
-    part = math.ceil(len(rows) / cfg.accumulation)
-    total = 0.0
     optimizer.zero_grad()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)    # WRONG
-    for first in range(0, len(rows), part):
-        ids, mask = make_batch(rows[first:first + part], end_token)
-        loss = batch_loss(policy, ids, mask, token_count)
-        check_finite("loss", loss.detach(), where)
-        loss.backward()
-        total += loss.item()
+    grad_norm = clip_gradients(policy, cfg.max_grad_norm, where)                    # WRONG
+    ids, mask = make_batch(rows, end_token, cfg.device)
+    loss = batch_loss(policy, ids, mask, token_count)
+    loss.backward()
     optimizer.step()
-    return total, grad_norm.item()
+    return loss.item(), grad_norm
+
+
+def clip_policy_only(networks: torch.nn.Module, max_norm: float, where: str) -> float:
+    """Leaves the critic's gradients outside the clip."""
+    return clip_gradients(networks.policy, max_norm, where)                         # WRONG
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -147,3 +158,20 @@ def train_step_clipped_before_backward(policy: GPT2, optimizer: torch.optim.Opti
 def measure_with_padding(batch: Rollout, gold: torch.Tensor | None) -> dict:
     """Means over all columns, prompt and padding among them, where entropy is 0."""
     return {**measure(batch, gold), "entropy": batch.entropy.mean().item()}         # WRONG
+
+
+def update_with_last_metrics(networks: PolicyWithValue, optimizer: torch.optim.Optimizer,
+                             batch: Rollout, cfg: PPOConfig, iteration: int) -> dict:
+    """Reports the last minibatch as if it were the whole update."""
+    steps: list[dict] = []
+    for rows in minibatches(cfg, iteration):
+        found = train_step(networks, optimizer, batch, rows, cfg, not steps,
+                           f"iteration {iteration}, step {len(steps)}")
+        if found is None:
+            break
+        steps.append(found)
+    last = steps[-1]
+    means = {name: last[name] / last["tokens"]                                      # WRONG
+             for name in ("kl_old", "clipfrac", "pg_loss", "vf_loss")}
+    return {**means, "ratio_first": steps[0]["ratio_first"], "ratio_max": last["ratio_max"],
+            "grad_norm": last["grad_norm"]}
