@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from minirlhf import ppo
+from minirlhf.museum import effect
+from minirlhf.museum.__main__ import MuseumConfig, main
+from minirlhf.museum.effect import differs
 from minirlhf.museum.exhibits import EXHIBITS, GUARDED, find
 from minirlhf.museum.substitute import substituted
 
-from helpers import ppo_config, quietly
+from helpers import ppo_config, quietly, sft_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 BY_NAME = {exhibit.name: exhibit for exhibit in EXHIBITS}
 
 
@@ -72,3 +76,81 @@ def test_a_mistake_is_caught_by_its_test_and_only_while_it_is_on(name):
         assert fails(function), f"{exhibit.test} does not notice it"
     assert [getattr(owner, attribute) for owner, attribute in exhibit.places] == rights
     assert not fails(function), "the mistake is still there"
+
+
+# ---- the labels ----------------------------------------------------------------------------------
+
+def test_every_label_names_a_test_that_exists():
+    for label in [exhibit.test for exhibit in EXHIBITS] + [guarded.test for guarded in GUARDED]:
+        file, name = label.split("::")
+        text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in text, label
+
+
+def test_a_wrong_twin_takes_what_the_right_function_takes_and_marks_its_wrong_line():
+    for exhibit in EXHIBITS:
+        wrong = list(inspect.signature(exhibit.wrong).parameters)
+        for owner, attribute in exhibit.places:
+            assert list(inspect.signature(getattr(owner, attribute)).parameters) == wrong
+        assert inspect.getsource(exhibit.wrong).count("# WRONG") == 1, exhibit.name
+
+
+def test_nothing_on_the_way_of_a_reader_imports_the_museum_or_the_diagnosis():
+    package = Path(ppo.__file__).parent
+    for path in package.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "minirlhf.museum" not in text and "minirlhf.diagnose" not in text, path.name
+
+
+def test_an_exhibit_that_does_not_exist_is_refused_with_the_names():
+    with pytest.raises(ValueError, match="no exhibit 'nothing', expected one of temperature, "):
+        MuseumConfig(show="nothing")
+
+
+def test_a_substitution_ends_with_the_block_also_after_an_error():
+    right = ppo.gae
+    with pytest.raises(KeyError), substituted([(ppo, "gae", find("early_whitening").wrong)]):
+        assert ppo.gae is not right
+        raise KeyError
+    assert ppo.gae is right
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def test_the_museum_lists_and_shows_its_exhibits(capsys):
+    main(MuseumConfig())
+    text = capsys.readouterr().out
+    assert all(exhibit.name in text for exhibit in EXHIBITS)
+    main(MuseumConfig(show="late_score", results=str(ROOT / MuseumConfig().results)))
+    text = capsys.readouterr().out
+    assert "right: minirlhf.ppo.shaped_rewards" in text
+    assert ".values + 1               # WRONG" in text
+
+
+def test_a_figure_differs_only_if_all_runs_say_so():
+    assert differs([1.0, 1.2], [1.5, 1.6]) and not differs([1.0, 1.2], [1.1, 1.6])
+    assert not differs([1.0, 1.2], [1.21, 1.3]) and not differs([0.0], [0.0])
+
+
+def test_a_mistake_is_measured_beside_the_run_without_it(monkeypatch, tmp_path, capsys):
+    toy = {"model": sft_folder(), "reward": "helpers:share_of_red", "critic_lr": 5e-3,
+           "prompts": "helpers:toy_prompts", "prompt_count": 100, "gold": "", "iterations": 4,
+           "batch_size": 8, "minibatch_size": 4, "max_new_tokens": 5, "lr": 5e-3}
+    monkeypatch.setitem(effect.OPTIONS, "ppo", toy)
+    for name in ("tiny", "sft", "reward_model"):
+        (tmp_path / "stages" / name).mkdir(parents=True)
+        (tmp_path / "stages" / name / "model.safetensors").touch()
+    for name, stopped in (("negated_kl", ""), ("temperature", "sampled from another")):
+        cfg = MuseumConfig(run=name, seeds=2, stages=str(tmp_path / "stages"),
+                           out=str(tmp_path / "out"))
+        found = main(cfg)[name]
+        assert len(found["right"]["score"]) == len(found["wrong"]["score"]) == 2
+        assert found["right"] != found["wrong"]
+        assert stopped in found["stopped"] and (stopped == "" or found["stopped"])
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    assert "Our checks stop this run" in capsys.readouterr().out
+
+
+def test_missing_stages_are_refused_with_the_command_that_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make the stages with: python -m minirlhf"):
+        main(MuseumConfig(run="all", stages=str(tmp_path)))

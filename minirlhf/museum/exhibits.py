@@ -32,12 +32,12 @@ class Exhibit:
 
 EXHIBITS = [
     Exhibit("temperature", "Tokens are sampled at temperature 0.7 and scored at 1.",
-            "the seed lecture of this course; trl issue 3169; OpenRLHF pull request 853",
+            "the lecture that this course replaces; trl issue 3169; OpenRLHF pull request 853",
             ((gpt2, "next_logprobs"),), mistakes.next_logprobs, "ppo",
             "test_gpt2.py::test_log_probabilities_of_the_sampling_equal_those_of_a_full_forward"
             "_pass", "check_invariants"),
     Exhibit("dropout", "Dropout is on in the update and off in the rollout.",
-            "the seed lecture of this course; trlx issue 107; trl issues 4 and 454",
+            "the lecture that this course replaces; trlx issue 107; trl issues 4 and 454",
             ((gpt2.MLP, "forward"),), mistakes.mlp_forward, "ppo",
             "test_museum.py::test_a_run_keeps_its_invariants", "the first ratio of update"),
     Exhibit("pad_mask", "The loss leaves out every padding id, and with it the end token.",
@@ -45,7 +45,7 @@ EXHIBITS = [
             ((sft, "make_batch"),), mistakes.make_batch_with_pad_mask, "sft",
             "test_sft.py::test_the_end_token_gets_gradient_and_prompt_and_padding_get_none"),
     Exhibit("late_score", "The score stands one column behind the last action.",
-            "summarize_from_feedback_details; trl pull request 5338",
+            "summarize_from_feedback_details; trl issue 3750",
             ((ppo, "shaped_rewards"),), mistakes.score_one_too_late, "ppo",
             "test_ppo.py::test_the_score_is_exactly_at_the_last_action", "check_invariants"),
     Exhibit("early_whitening", "Returns are taken from whitened advantages.",
@@ -78,7 +78,7 @@ EXHIBITS = [
             ((sft, "train_step"),), mistakes.train_step_clipped_before_backward, "sft",
             "test_sft.py::test_gradients_are_clipped_after_backward", options={"lr": 3e-3}),
     Exhibit("unclipped_critic", "The critic's gradients are outside the clip.",
-            "the seed lecture of this course",
+            "the lecture that this course replaces",
             ((ppo, "clip_gradients"),), mistakes.clip_policy_only, "ppo",
             "test_ppo.py::test_the_clip_covers_all_that_the_optimiser_owns_and_frozen_networks"
             "_stay"),
@@ -99,7 +99,7 @@ EXHIBITS = [
             ((gpt2.ScalarModel, "score"),), mistakes.score_of_the_row, "reward_model",
             "test_reward_model.py::test_a_score_does_not_depend_on_padding"),
     Exhibit("encoded_prompt", "The prompt is encoded again to find its length.",
-            "the seed lecture of this course; trl issue 1674",
+            "the lecture that this course replaces; rllm pull request 272",
             ((ppo, "sample_responses"),), mistakes.responses_with_encoded_prompts, "ppo",
             "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says", "check_invariants"),
     Exhibit("all_ended", "A response that was cut at the limit is treated as finished.",

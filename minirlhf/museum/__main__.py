@@ -1,0 +1,143 @@
+"""The museum of classic mistakes: shows them, and what they do to a run.
+
+    python -m minirlhf.museum                      # the exhibits
+    python -m minirlhf.museum --show late_score    # the wrong code beside the right one
+    python -m minirlhf.museum --run late_score     # a short run with the mistake, and one without
+
+In:  for --run the finished stages of `python -m minirlhf`. Out: text; of --run also
+     `museum.json` with the figures, and a picture.
+
+A mistake is switched on by putting a wrong function in the place of the right one, from outside:
+the trainers know nothing of it. Each is caught by the test on its label.
+Lecture: lectures/03-ppo.md, "Bugs that run".
+"""
+
+import ast
+import inspect
+import os
+import textwrap
+from dataclasses import dataclass
+
+from minirlhf.common import check_range, run
+from minirlhf.museum.effect import FIGURES, Measurements, effect_table
+from minirlhf.museum.exhibits import EXHIBITS, GUARDED, Exhibit, find
+from minirlhf.plots import BLUE, ORANGE, Panel, curve, write_picture
+from minirlhf.weights import read_json, write_json
+
+
+@dataclass(frozen=True)
+class MuseumConfig:
+    """Options of `python -m minirlhf.museum`."""
+    show: str = ""                      # exhibit whose code and measured effect are printed
+    run: str = ""                       # exhibit to run, or all
+    seeds: int = 3                      # runs with the mistake, and as many without
+    stages: str = "checkpoints"         # folder with tiny, sft and reward_model, for --run
+    out: str = "checkpoints/museum"     # folder of museum.json and the pictures, for --run
+    results: str = "lectures/results/museum.json"    # measured effects that --show prints
+
+    def __post_init__(self):
+        check_range(self, "seeds", 1, 100)
+        for name in (self.show, self.run):
+            if name not in ("", "all"):
+                find(name)
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+def body_of(function) -> list[str]:
+    """The lines of a function without its signature and docstring."""
+    lines = textwrap.dedent(inspect.getsource(function)).rstrip().split("\n")
+    (definition,) = ast.parse("\n".join(lines)).body
+    has_text = isinstance(definition.body[0], ast.Expr)      # a docstring
+    return lines[definition.body[1 if has_text else 0].lineno - 1:]
+
+
+def both_codes(exhibit: Exhibit) -> str:
+    """The right function and its wrong twin, one below the other."""
+    owner, name = exhibit.places[0]
+    place = f"{owner.__module__}.{owner.__name__}" if inspect.isclass(owner) else owner.__name__
+    twin = f"{exhibit.wrong.__module__}.{exhibit.wrong.__name__}"
+    return "\n".join([f"right: {place}.{name}", *body_of(getattr(owner, name)), "",
+                      f"WRONG: {twin}", *body_of(exhibit.wrong)])
+
+
+def label(exhibit: Exhibit) -> str:
+    """What stands beside an exhibit."""
+    caught = f"caught by  tests/{exhibit.test}"
+    if exhibit.stops:
+        caught += f"\n           and, while the trainer runs, by {exhibit.stops}"
+    return f"{exhibit.name}: {exhibit.mistake}\nseen in    {exhibit.seen}\n{caught}"
+
+
+def list_exhibits() -> str:
+    """All exhibits, one line each, and what else is guarded."""
+    lines = ["Mistakes that can be switched on (--show NAME, --run NAME):", ""]
+    lines += [f"  {exhibit.name:18}{exhibit.mistake}" for exhibit in EXHIBITS]
+    lines += ["", "Mistakes that no wrong function makes, and the test that guards against them:",
+              ""]
+    lines += [f"  {guarded.mistake}  ({guarded.seen})\n      tests/{guarded.test}"
+              for guarded in GUARDED]
+    return "\n".join(lines)
+
+
+def show(exhibit: Exhibit, results: str) -> str:
+    """Label, code, and the measured effect if there is one."""
+    parts = [label(exhibit), both_codes(exhibit)]
+    effects = read_json(results)["effects"] if os.path.exists(results) else {}
+    if exhibit.name in effects:
+        parts.append(f"Measured ({results}):\n{effect_table(effects[exhibit.name])}")
+    else:
+        parts.append(f"Its effect: python -m minirlhf.museum --run {exhibit.name}")
+    return "\n\n".join(parts)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+def draw_runs(exhibit: Exhibit, rows: list[list[dict]], path: str) -> None:
+    """Curves of the right and the wrong run, three to a row."""
+    x, panels = "iteration" if exhibit.stage == "ppo" else "step", []
+    for name in FIGURES[exhibit.stage]:
+        lines = [curve(rows[0], x, name, "right", BLUE), curve(rows[1], x, name, "wrong", ORANGE)]
+        panels.append(Panel(name, x, "", lines))
+    write_picture([panels[i:i + 3] for i in range(0, len(panels), 3)], path)
+
+
+def check_stages(cfg: MuseumConfig) -> None:
+    """Fail now if a stage that --run starts from is missing."""
+    for name in ("tiny", "sft", "reward_model"):
+        folder = os.path.join(cfg.stages, name)
+        if not os.path.exists(os.path.join(folder, "model.safetensors")):
+            raise FileNotFoundError(f"{folder}: expected a finished stage, found none; make the "
+                                    "stages with: python -m minirlhf")
+
+
+def run_exhibits(cfg: MuseumConfig) -> dict:
+    """Run one exhibit or all, print and save what they do."""
+    check_stages(cfg)
+    measurements = Measurements(cfg.stages, cfg.seeds)
+    path = os.path.join(cfg.out, "museum.json")
+    os.makedirs(cfg.out, exist_ok=True)
+    effects = {}
+    for exhibit in EXHIBITS if cfg.run == "all" else [find(cfg.run)]:
+        effect, rows = measurements.measure(exhibit)
+        effects[exhibit.name] = effect
+        print(f"{label(exhibit)}\n\n{effect_table(effect)}\n", flush=True)
+        draw_runs(exhibit, rows, os.path.join(cfg.out, f"{exhibit.name}.png"))
+        write_json(path, {"seeds": list(range(cfg.seeds)), "effects": effects})
+    print(f"wrote {path} and a picture of each")
+    return effects
+
+
+def main(cfg: MuseumConfig) -> dict:
+    """List, show or run; returns the effects of what was run."""
+    if cfg.run:
+        return run_exhibits(cfg)
+    if cfg.show == "all":
+        print("\n\n\n".join(show(exhibit, cfg.results) for exhibit in EXHIBITS))
+    else:
+        print(show(find(cfg.show), cfg.results) if cfg.show else list_exhibits())
+    return {}
+
+
+if __name__ == "__main__":
+    run(main, MuseumConfig)
