@@ -140,15 +140,15 @@ def test_a_mistake_is_measured_beside_the_run_without_it(monkeypatch, tmp_path, 
     for name in ("tiny", "sft", "reward_model"):
         (tmp_path / "stages" / name).mkdir(parents=True)
         (tmp_path / "stages" / name / "model.safetensors").touch()
-    for name, stopped in (("negated_kl", ""), ("temperature", "sampled from another")):
-        cfg = MuseumConfig(run=name, seeds=2, stages=str(tmp_path / "stages"),
-                           out=str(tmp_path / "out"))
-        found = main(cfg)[name]
-        assert len(found["right"]["score"]) == len(found["wrong"]["score"]) == 2
-        assert found["right"] != found["wrong"]
-        assert stopped in found["stopped"] and (stopped == "" or found["stopped"])
-        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    cfg = MuseumConfig(run="temperature", seeds=2, stages=str(tmp_path / "stages"),
+                       out=str(tmp_path / "out"))
+    found = main(cfg)["temperature"]
+    assert len(found["right"]["score"]) == len(found["wrong"]["score"]) == 2
+    assert found["right"] != found["wrong"] and "sampled from another" in found["stopped"]
     assert "Our checks stop this run" in capsys.readouterr().out
+    assert (tmp_path / "out" / "temperature.png").stat().st_size > 10_000
+    loud = effect.Measurements(cfg.stages, 1).measure(find("inverted_k3"))[0]
+    assert loud["stopped"] == "" and loud["wrong"]["kl_old"] != loud["right"]["kl_old"]
 
 
 def test_missing_stages_are_refused_with_the_command_that_makes_them(tmp_path):

@@ -7,7 +7,7 @@ at the end of the file say which illnesses are looked for in which kind of run, 
 how many rows a verdict needs, and what to say when all is well.
 
 Every threshold is a constant with its reason. "Measured" means: on the runs of `diagnose.cases`
-with the seeds 100 and 101, which are not those that `diagnose.check` reports.
+with the seeds 100 and (only the ill ones) 101; `diagnose.check` reports other seeds.
 Lecture: lectures/03-ppo.md, "Reading the curves".
 """
 
@@ -264,18 +264,20 @@ def responses_do_not_end(rows: list[dict]) -> Finding | None:
     if start > END_RATE_LOW:
         causes = ("the reward pays for length, by more than missing_end_penalty takes",
                   "missing_end_penalty is 0")
+        remedies = ("raise missing_end_penalty", "read samples.txt: what comes before the cut?")
+        lecture = 'lectures/03-ppo.md, "How a response can end"'
     else:
         causes = ("SFT did not teach the end token: it was missing from the responses, or masked "
                   "because it is also the padding", "max_new_tokens is too small for the answers")
+        remedies = ("read samples.txt: does it go on after the answer, or is the answer cut off?",
+                    "if it goes on, look at the mask of a demonstration with python -m "
+                    "minirlhf.data FILE --show 1, and train SFT again",
+                    "if it is cut off, raise max_new_tokens")
+        lecture = 'lectures/01-sft.md, "The end token"'
     return Finding(
         "responses do not end", f"{start:.0%} of the responses chose the end token in iteration "
         f"0, {end:.0%} over {place(last)}, at {length:.1f} tokens" +
-        ("; PPO has taught it since" if end > END_RATE_LOW else ""), causes,
-        ("read samples.txt: are the responses cut off?", "raise max_new_tokens",
-         "look at the mask of a demonstration: python -m minirlhf.data FILE --show 1",
-         "raise missing_end_penalty"),
-        'lectures/03-ppo.md, "How a response can end"' if start > END_RATE_LOW
-        else 'lectures/01-sft.md, "The end token"')
+        ("; PPO has taught it since" if end > END_RATE_LOW else ""), causes, remedies, lecture)
 
 
 # ---- PPO: the critic and the advantages ----------------------------------------------------------
@@ -296,7 +298,7 @@ def critic_explains_nothing(rows: list[dict]) -> Finding | None:
         return None
     return Finding(
         "critic explains nothing", f"explained_var is {found:.3g} over {place(last)}; by now it "
-        "is above 0.1 in healthy runs; 0 is what a constant explains, and less is worse than that",
+        "is above 0.1 in healthy runs. 0 is what a constant explains, and less is worse",
         ("critic_lr is too small (or vf_coef 0)",
          "returns are so large that the clipped value loss never reaches them: more than about "
          "10 times cliprange_value", "returns that cannot be foreseen: the score is noise, or all "
@@ -437,7 +439,7 @@ PPO = [
     Examination("first ratio off 1", first_ratio_off, ("ratio_first",), 1,
                 "old and new log-probabilities agree before the first step"),
     Examination("kl_ref is negative", negative_kl_ref, ("kl_ref",), 4,
-                "samples come from the policy that scores them: kl_ref is not negative"),
+                "the samples come from the policy that scores them"),
     Examination("advantages vanish", advantages_vanish, ("advantage_std",), 5,
                 "the responses of a batch differ in what they earn"),
     Examination("nothing moves", nothing_moves, ("kl_old", "kl_ref"), 5, "the policy moves"),

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import re
+import textwrap
 
 from minirlhf.common import check
 from minirlhf.diagnose.illnesses import (PPO, REWARD_MODEL, SFT, Examination, Finding, mean,
@@ -139,19 +140,24 @@ def missing(examination: Examination, columns: list[str], rows: list[dict]) -> s
 # ---- writing -------------------------------------------------------------------------------------
 
 def describe_healthy(examination: Examination, rows: list[dict]) -> str:
-    """One line: what is well, and the column that shows it, at the beginning and at the end."""
+    """A column at the beginning and at the end (means of two values), and what is well there."""
     values = smooth(values_of(rows, examination.columns[0]))
-    return (f"  {examination.healthy}  ({examination.columns[0]} {values[0]:.4g} -> "
-            f"{values[-1]:.4g})")
+    change = f"{examination.columns[0]} {values[0]:.3g} -> {values[-1]:.3g}"
+    return f"  {change:34}{examination.healthy}"
 
 
 def describe_finding(finding: Finding) -> str:
     """A finding as a paragraph."""
-    lines = [f"  {finding.illness.upper()}", f"  {finding.figure}", "    likely causes:"]
-    lines += [f"      - {cause}" for cause in finding.causes]
-    lines += ["    what to try:"] + [f"      - {remedy}" for remedy in finding.remedies]
+    lines = [f"  {finding.illness.upper()}", wrapped(finding.figure, "  "), "    likely causes:"]
+    lines += [wrapped(cause, "      - ") for cause in finding.causes]
+    lines += ["    what to try:"] + [wrapped(remedy, "      - ") for remedy in finding.remedies]
     lines += [f"    read: {finding.lecture}"]
     return "\n".join(lines)
+
+
+def wrapped(text: str, start: str) -> str:
+    """Lines of at most 96 columns, of which the first begins with `start`."""
+    return textwrap.fill(text, 96, initial_indent=start, subsequent_indent=" " * len(start))
 
 
 def write_report(folder: str) -> tuple[str, list[Finding]]:
@@ -167,25 +173,28 @@ def write_report(folder: str) -> tuple[str, list[Finding]]:
     if findings:
         parts.append("NOT HEALTHY\n" + "\n\n".join(describe_finding(x) for x in findings))
     if healthy:
-        parts.append("healthy (means of the first two and of the last two values)\n"
+        parts.append("healthy\n"
                      + "\n".join(describe_healthy(examination, rows) for examination in healthy))
     if unsaid:
         parts.append("too early or not possible to say\n" + "\n".join(
-            f"  {illness}: {reason}" for illness, reason in unsaid))
+            wrapped(f"{illness}: {reason}", "  ") for illness, reason in unsaid))
     samples = samples_of(folder)
     if samples:
         parts.append("what it writes (samples.txt has more)\n" + "\n".join(
             f"  {line}" for line in samples))
-    parts.append(conclusion(findings, stage))
+    parts.append(conclusion(findings, stage, len(unsaid)))
     return "\n\n".join(parts), findings
 
 
-def conclusion(findings: list[Finding], stage: str) -> str:
+def conclusion(findings: list[Finding], stage: str, unsaid: int) -> str:
     """The last sentence: what to do next."""
+    if len(findings) > 1:
+        return f"{len(findings)} findings. Begin with the first: the others may follow from it."
     if findings:
-        return f"{len(findings)} finding{'s' * (len(findings) > 1)}. Begin with the first: the " \
-               "others may follow from it."
+        return "1 finding."
+    text = "Nothing ill was found" + (f"; {unsaid} kinds of illness could not be looked for."
+                                      if unsaid else ".")
     if stage == "PPO":
-        return "Nothing ill was found. Whether the responses are better is another question: " \
-               "python -m minirlhf.evaluate"
-    return "Nothing ill was found."
+        text += (" Whether the responses are better is another question: "
+                 "python -m minirlhf.evaluate")
+    return wrapped(text, "")
