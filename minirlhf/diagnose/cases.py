@@ -64,7 +64,7 @@ SICK = [
     Case("sampler with stale weights", "ppo", ("kl_ref is negative",), SHORT, "stale sampler"),
     Case("dropout in the update", "ppo", ("first ratio off 1",), SHORT, "dropout in the update"),
     Case("no KL penalty", "ppo", ("KL runs away", "reward hacking"),
-         {"kl_coef": 0.0, "iterations": 30}),
+         {"kl_coef": 0.0, "iterations": 50}),
     Case("paid for length", "ppo", ("length drifts with the score",),
          {"reward": CAUSES + "length", "gold": "", "kl_coef": 0.02, "iterations": 20}),
     Case("rate 20 times too large", "ppo", ("updates too large",), {"lr": 1e-2, **SHORT}),
