@@ -127,6 +127,7 @@ def test_a_finding_has_the_figure_and_its_iteration():
 
 def test_small_statistics_of_the_docstrings():
     assert illnesses.mean([1, 2, 6]) == 3 and illnesses.smooth([0, 3, 6, 0]) == [1.5, 3, 3, 3]
+    assert illnesses.place(ppo_rows(3)) == "iterations 0 to 2"
     assert len(illnesses.late(ppo_rows(25))) == 6 and len(illnesses.late(ppo_rows(4))) == 3
     assert illnesses.window_means([1, 3, 5], 2) == [2, 4]
     assert check.totals({"a": [1, 2], "b": [3, 3]}) == [4, 5]
@@ -225,6 +226,26 @@ def test_a_file_that_holds_something_else_is_refused_with_its_name(tmp_path, tex
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         write_report(str(tmp_path))
     assert "metrics.csv" in str(error.value)
+
+
+def test_mutated_files_end_in_a_report_or_a_value_error(tmp_path):
+    rng = random.Random(0)
+    whole = {name: Path(write(tmp_path, rows), "metrics.csv").read_bytes()
+             for name, rows in (("ppo", ppo_rows()), ("steps", step_rows()))}
+    reports = 0
+    for number in range(400):
+        content = bytearray(whole[rng.choice(["ppo", "steps"])])
+        for _ in range(rng.randint(1, 4)):
+            first = rng.randrange(len(content))
+            content[first:first + rng.choice([0, 1, 1, 9, 200])] = rng.choice(
+                [b"", b"0", b"-1", b",", b"\n", b"nan", b"1e308", b"\0", b'"', b"\xff", b"x"])
+        (tmp_path / "metrics.csv").write_bytes(content)
+        try:
+            write_report(str(tmp_path))
+            reports += 1
+        except ValueError as error:
+            assert "metrics.csv" in str(error), number
+    assert 20 < reports < 380
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):

@@ -131,7 +131,7 @@ def kl_runs_away(rows: list[dict]) -> Finding | None:
     """You learn: the score alone never says stop; kl_ref is the distance that was paid for it."""
     last = late(rows)
     kl = mean(values_of(last, "kl_ref"))
-    per_token = kl / mean(values_of(last, "response_len"))
+    per_token = kl / max(1.0, mean(values_of(last, "response_len")))
     if kl < KL_PER_RESPONSE or per_token < KL_PER_TOKEN:
         return None
     return Finding(
@@ -223,7 +223,7 @@ def length_drifts(rows: list[dict]) -> Finding | None:
     first, last = rows[:3], late(rows)
     before, after = (mean(values_of(part, "response_len")) for part in (first, last))
     gain = mean(values_of(last, "score")) - mean(values_of(first, "score"))
-    if gain <= 0 or 1 / LENGTH_FACTOR < after / before < LENGTH_FACTOR:
+    if gain <= 0 or before / LENGTH_FACTOR < after < before * LENGTH_FACTOR:
         return None
     return Finding(
         "length drifts with the score", f"responses went from {before:.1f} tokens over "
@@ -383,7 +383,7 @@ def learned_by_heart(rows: list[dict]) -> Finding | None:
     evaluated = [row for row in rows if "held_out_loss" in row]
     best = min(evaluated, key=held_out_loss)
     last = evaluated[-1]
-    rise = last["held_out_loss"] / best["held_out_loss"] - 1
+    rise = last["held_out_loss"] / max(best["held_out_loss"], 1e-9) - 1
     here = rows.index(best)
     before = mean(values_of(rows[max(0, here - 9):here + 1], "loss"))
     after = mean(values_of(rows[-10:], "loss"))

@@ -42,7 +42,11 @@ def read_run(folder: str) -> tuple[str, list[str], list[dict]]:
         lines = file.read().split("\n")
     complete = lines[:-1]                # what follows the last line end is still being written
     check(len(complete) >= 2, f"{path}: expected a line of names and at least one row of numbers")
-    columns, *table = csv.reader(complete)
+    try:
+        columns, *table = csv.reader(complete)
+    except csv.Error as error:
+        raise ValueError(f"{path}: expected a table with commas, found something else "
+                         f"({error})") from None
     rows = []
     for number, cells in enumerate(table, start=2):
         try:
@@ -95,13 +99,15 @@ def sample_line(block: str) -> str:
 
 # ---- examining -----------------------------------------------------------------------------------
 
-def check_numbers(path: str, rows: list[dict], columns: set[str]) -> None:
+def check_numbers(path: str, rows: list[dict], unit: str, columns: set[str]) -> None:
     """Refuse nan and inf: what follows such a row says nothing."""
-    for row in rows:
+    for number, row in enumerate(rows, start=2):
+        check(math.isfinite(row.get(unit, math.nan)), f"{path}:{number}: expected a number of the "
+              f"{unit}")
         for name in sorted(columns & set(row)):
-            check(math.isfinite(row[name]), f"{path}: {name} is {row[name]} in the row of "
-                  f"{next(iter(row))} {int(next(iter(row.values())))}; the run broke down there: "
-                  "look at the data and the reward, or lower the rate")
+            check(math.isfinite(row[name]), f"{path}:{number}: {name} is {row[name]} at {unit} "
+                  f"{int(row[unit])}; the run broke down there: look at the data and the reward, "
+                  "or lower the rate")
 
 
 def examine(stage: str, columns: list[str], rows: list[dict]):
@@ -134,6 +140,8 @@ def missing(examination: Examination, columns: list[str], rows: list[dict]) -> s
             return "gold is empty (--gold names a judge)"
         if count < examination.rows:
             return f"{name} has {count} values so far, {examination.rows} are needed"
+        if count < len(rows) and not name.startswith("held_out_"):
+            return f"{name} is empty in {len(rows) - count} rows"
     return ""
 
 
@@ -164,12 +172,12 @@ def write_report(folder: str) -> tuple[str, list[Finding]]:
     """Examine the run in a folder; returns the text and the findings."""
     path, columns, rows = read_run(folder)
     stage = stage_of(columns, path)
-    check_numbers(path, rows, {name for examination in STAGES[stage]
-                               for name in examination.columns})
+    unit = "iteration" if stage == "PPO" else "step"
+    check_numbers(path, rows, unit, {name for examination in STAGES[stage]
+                                     for name in examination.columns})
     findings, healthy, unsaid = examine(stage, columns, rows)
-    unit = "iterations" if stage == "PPO" else "steps"
     state = ", not finished" if path.endswith(".part") else ""
-    parts = [f"{path}: {stage}, {len(rows)} {unit}{state}"]
+    parts = [f"{path}: {stage}, {len(rows)} {unit}s{state}"]
     if findings:
         parts.append("NOT HEALTHY\n" + "\n\n".join(describe_finding(x) for x in findings))
     if healthy:
