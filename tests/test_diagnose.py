@@ -372,3 +372,12 @@ def test_rates_are_counted_from_the_findings_of_each_run():
 def test_missing_stages_are_refused_with_the_command_that_makes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="make the stages with: python -m minirlhf"):
         check.main(check.CheckConfig(stages=str(tmp_path)))
+
+
+def test_the_committed_rates_are_counted_from_runs_of_all_cases():
+    report = read_json(str(RESULT))
+    assert set(report["findings"]) == {case.name for case in cases.SICK + cases.HEALTHY}
+    assert all(len(runs) == len(report["seeds"]) for runs in report["findings"].values())
+    counted = check.count(report["findings"])
+    assert {name: report[name] for name in counted} == counted
+    assert not {100, 101} & set(report["seeds"]), "the seeds that thresholds were chosen on"

@@ -14,6 +14,7 @@ from minirlhf.museum.__main__ import MuseumConfig, main
 from minirlhf.museum.effect import differs
 from minirlhf.museum.exhibits import EXHIBITS, GUARDED, find
 from minirlhf.museum.substitute import substituted
+from minirlhf.weights import read_json
 
 from helpers import ppo_config, quietly, sft_folder
 
@@ -43,17 +44,18 @@ def cases_of(function) -> list[dict]:
     return cases
 
 
-def fails(function) -> bool:
-    """Whether the test fails in one of its cases; it gets the fixtures that it asks for."""
+def fails(function, also: tuple = ()) -> bool:
+    """Whether the test fails in one of its cases; it gets the fixtures that it asks for.
+
+    A failed assertion counts, and the errors in `also`; any other error is a broken exhibit.
+    """
     for case in cases_of(function):
         with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory() as path:
             fixtures = {"monkeypatch": monkeypatch, "tmp_path": Path(path)}
             wanted = set(inspect.signature(function).parameters) & set(fixtures)
             try:
                 function(**case, **{name: fixtures[name] for name in wanted})
-            except (AssertionError, ValueError, RuntimeError):
-                return True
-            except pytest.fail.Exception:                # a pytest.raises that saw nothing
+            except (AssertionError, pytest.fail.Exception, *also):
                 return True
     return False
 
@@ -73,7 +75,9 @@ def test_a_mistake_is_caught_by_its_test_and_only_while_it_is_on(name):
     imported = [(module, attribute, exhibit.wrong) for attribute, value in vars(module).items()
                 if inspect.isfunction(value) and value in rights]
     with substituted(exhibit.replacements() + imported):
-        assert fails(function), f"{exhibit.test} does not notice it"
+        # a check of the trainer that stops the run is a ValueError
+        noticed = fails(function, also=(ValueError,) if exhibit.stops else ())
+        assert noticed, f"{exhibit.test} does not notice it"
     assert [getattr(owner, attribute) for owner, attribute in exhibit.places] == rights
     assert not fails(function), "the mistake is still there"
 
@@ -154,3 +158,10 @@ def test_a_mistake_is_measured_beside_the_run_without_it(monkeypatch, tmp_path, 
 def test_missing_stages_are_refused_with_the_command_that_makes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="make the stages with: python -m minirlhf"):
         main(MuseumConfig(run="all", stages=str(tmp_path)))
+
+
+def test_the_committed_effects_are_those_of_all_exhibits_and_the_labels_say_what_stops_a_run():
+    effects = read_json(str(ROOT / MuseumConfig().results))["effects"]
+    assert list(effects) == [exhibit.name for exhibit in EXHIBITS]
+    for exhibit in EXHIBITS:
+        assert bool(effects[exhibit.name]["stopped"]) == bool(exhibit.stops), exhibit.name

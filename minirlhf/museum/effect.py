@@ -19,7 +19,7 @@ TRAINERS = {"sft": (sft.main, sft.SFTConfig), "ppo": (ppo.main, ppo.PPOConfig),
 # small enough for a few seconds a run, large enough for the curves to have their shape
 OPTIONS = {"sft": {"examples": 700, "held_out": 100, "eval_every": 10},
            "reward_model": {"comparisons": 1200, "held_out": 300, "eval_every": 10},
-           "ppo": {"iterations": 14, "batch_size": 32, "minibatch_size": 16}}
+           "ppo": {"iterations": 12, "batch_size": 32, "minibatch_size": 16}}
 
 FIGURES = {"sft": ("loss", "held_out_loss", "grad_norm"),
            "reward_model": ("loss", "held_out_loss", "held_out_accuracy", "grad_norm"),
