@@ -101,7 +101,8 @@ def first_ratio_off(rows: list[dict]) -> Finding | None:
         "first ratio off 1", f"ratio_first is {ratio_first(worst):.3g} at {place([worst])}; "
         "it should be 0 up to rounding",
         ("dropout is on in the update and off in the rollout", "another temperature in the update "
-         "than in the rollout", "the row is shifted by one, or padding changes the scores"),
+         "than in the rollout", "the row is shifted by one, or padding changes the scores",
+         "--dtype bfloat16: then it may be rounding"),
         ("use the same function for old and new log-probabilities, and no dropout",
          "score one batch twice without a step in between, and compare token by token"),
         'lectures/03-ppo.md, "What is checked on every run"')
@@ -120,7 +121,7 @@ def ratio_first(row: dict) -> float:
 KL_PER_TOKEN, KL_PER_RESPONSE = 0.6, 6.0
 
 # One update, from its rollout to its last minibatch. Measured (three-row means): healthy runs at
-# most 0.015 nats a token and 0.08 of the tokens clipped.
+# most 0.02 nats a token and 0.08 of the tokens clipped.
 KL_OLD_HIGH, CLIPFRAC_HIGH = 0.1, 0.2
 
 # Measured: with a rate of 1e-8 both stay below 1e-6; healthy runs pass 1e-3 and 0.5 nats.
