@@ -124,8 +124,9 @@ KL_PER_TOKEN, KL_PER_RESPONSE = 0.6, 6.0
 # most 0.02 nats a token and 0.08 of the tokens clipped.
 KL_OLD_HIGH, CLIPFRAC_HIGH = 0.1, 0.2
 
-# Measured: with a rate of 1e-8 both stay below 1e-6; healthy runs pass 1e-3 and 0.5 nats.
-KL_OLD_STILL, KL_REF_STILL = 1e-6, 0.01
+# KL grows with the square of the rate: a rate 100 times too small leaves 1e-4 of the usual 0.01 in
+# kl_old. Healthy runs pass 1e-3, and 1 nat in kl_ref.
+KL_OLD_STILL, KL_REF_STILL = 1e-5, 0.05
 
 
 def kl_runs_away(rows: list[dict]) -> Finding | None:
@@ -188,9 +189,9 @@ GOLD_LOST, GOLD_STEPS = 0.4, 2.0
 # Measured: healthy runs end with responses 0.9 to 1.4 times as long as the first ones.
 LENGTH_FACTOR = 1.6
 
-# Share of the first entropy. Measured: healthy runs keep 0.3 and more, hacked ones 0.3 to 0.5, so
-# that this is a sign of collapse and not of hacking in general.
-ENTROPY_LEFT = 0.15
+# Share of the first entropy. Measured: healthy runs keep 0.35 and more, 60 iterations without a KL
+# penalty 0.2, a policy that has only one response left 0.00 to 0.1.
+ENTROPY_LEFT = 0.25
 
 # One response in five is cut. Measured: healthy runs 0.97 and more from the first iteration on.
 END_RATE_LOW = 0.8
