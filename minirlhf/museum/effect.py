@@ -17,9 +17,9 @@ TRAINERS = {"sft": (sft.main, sft.SFTConfig), "ppo": (ppo.main, ppo.PPOConfig),
             "reward_model": (reward_model.main, reward_model.RewardModelConfig)}
 
 # small enough for a few seconds a run, large enough for the curves to have their shape
-OPTIONS = {"sft": {"examples": 700, "held_out": 100, "eval_every": 10},
-           "reward_model": {"comparisons": 1200, "held_out": 300, "eval_every": 10},
-           "ppo": {"iterations": 12, "batch_size": 32, "minibatch_size": 16}}
+OPTIONS = {"sft": {"examples": 500, "held_out": 100, "eval_every": 10},
+           "reward_model": {"comparisons": 900, "held_out": 300, "eval_every": 10},
+           "ppo": {"iterations": 10, "batch_size": 24, "minibatch_size": 12}}
 
 FIGURES = {"sft": ("loss", "held_out_loss", "grad_norm"),
            "reward_model": ("loss", "held_out_loss", "held_out_accuracy", "grad_norm"),
@@ -112,14 +112,15 @@ class Measurements:
 
 
 def differs(right: list[float], wrong: list[float]) -> bool:
-    """Whether a figure shows the mistake: all wrong values lie beyond all right ones, and further
-    from them on average than the right ones lie from one another.
+    """Whether a figure shows the mistake: all wrong values lie beyond all right ones, and twice as
+    far from them on average as the right ones lie from one another.
 
-    Example: right 1.0, 1.2 and wrong 1.5, 1.6 differ; wrong 1.1, 1.6 do not.
+    Of figures that do not differ (three normal values on each side) it says so of one in 35.
+    Example: right 1.0, 1.2 and wrong 1.5, 1.6 differ; wrong 1.1, 1.9 do not.
     """
     apart = min(wrong) > max(right) or max(wrong) < min(right)
     distance = abs(sum(wrong) / len(wrong) - sum(right) / len(right))
-    return apart and distance > max(right) - min(right)
+    return apart and distance > 2 * (max(right) - min(right))
 
 
 def effect_table(effect: dict) -> str:
