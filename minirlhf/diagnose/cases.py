@@ -78,7 +78,7 @@ SICK = [
     Case("SFT without the end token", "ppo", ("responses do not end",),
          {"model": "sft_without_end", **SHORT}),
     Case("constant reward", "ppo", ("advantages vanish",),
-         {"reward": CAUSES + "constant", "gold": "", **SHORT}),
+         {"reward": CAUSES + "constant", "missing_end_penalty": 0.0, "gold": "", **SHORT}),
     Case("rate 100 times too small", "ppo", ("nothing moves",), {"lr": 5e-6, **SHORT}),
     Case("sft: rate 1e-8", "sft", ("nothing moves",),
          {"examples": 1000, "lr": 1e-8, "eval_every": 20}),

@@ -288,7 +288,8 @@ def responses_do_not_end(rows: list[dict]) -> Finding | None:
 EXPLAINED_LOW = 0.05
 
 # In units of the score, whose deviation a reward model brings to 1. Measured: healthy runs 0.3 and
-# more, a constant reward 0.02 (the KL term is what is left).
+# more, a constant reward 0.03 and less (the KL term is what is left). A constant reward with a
+# single response that does not end, and so pays missing_end_penalty, has 0.1.
 ADVANTAGE_LOW = 0.03
 
 
