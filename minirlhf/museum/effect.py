@@ -124,7 +124,7 @@ def differs(right: list[float], wrong: list[float]) -> bool:
 
 
 def effect_table(effect: dict) -> str:
-    """Right and wrong figures side by side, with a mark at those that differ."""
+    """Right and wrong figures side by side, with a mark at those that show the mistake."""
     lines = []
     if effect["stopped"]:
         lines += ["Our checks stop this run:", f"  {effect['stopped']}",
@@ -133,9 +133,9 @@ def effect_table(effect: dict) -> str:
     lines.append(f"{'mean of the end of ' + str(seeds) + ' runs':32}{'right':>12}{'wrong':>12}")
     for name, right in effect["right"].items():
         wrong = effect["wrong"][name]
-        mark = "   <-- differs in every run" if differs(right, wrong) else ""
+        mark = "   <-- by more than seeds do" if differs(right, wrong) else ""
         lines.append(f"{name:32}{sum(right) / len(right):12.4g}{sum(wrong) / len(wrong):12.4g}"
                      f"{mark}")
     if not any(differs(right, effect["wrong"][name]) for name, right in effect["right"].items()):
-        lines += ["", "No figure shows it: curves are not enough, only a test or a check finds it."]
+        lines += ["", "No figure differs by more than seeds do: the curves do not show it, a test does."]
     return "\n".join(lines)

@@ -101,7 +101,8 @@ EXHIBITS = [
     Exhibit("encoded_prompt", "The prompt is encoded again to find its length.",
             "the lecture that this course replaces; rllm pull request 272",
             ((ppo, "sample_responses"),), mistakes.responses_with_encoded_prompts, "ppo",
-            "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says", "check_invariants"),
+            "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says", "check_invariants",
+            options={"gold": ""}),     # the gold judge would refuse prompts that are cut short
     Exhibit("all_ended", "A response that was cut at the limit is treated as finished.",
             "most programs; trl pull request 1536",
             ((ppo, "sample_responses"),), mistakes.responses_all_ended, "ppo",
