@@ -102,7 +102,7 @@ def first_ratio_off(rows: list[dict]) -> Finding | None:
         "it should be 0 up to rounding",
         ("dropout is on in the update and off in the rollout", "another temperature in the update "
          "than in the rollout", "the row is shifted by one, or padding changes the scores",
-         "--dtype bfloat16: then it may be rounding"),
+         "--dtype bfloat16: then up to about 0.1 is rounding"),
         ("use the same function for old and new log-probabilities, and no dropout",
          "score one batch twice without a step in between, and compare token by token"),
         'lectures/03-ppo.md, "What is checked on every run"')
