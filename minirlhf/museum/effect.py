@@ -137,5 +137,5 @@ def effect_table(effect: dict) -> str:
         lines.append(f"{name:32}{sum(right) / len(right):12.4g}{sum(wrong) / len(wrong):12.4g}"
                      f"{mark}")
     if not any(differs(right, effect["wrong"][name]) for name, right in effect["right"].items()):
-        lines += ["", "No figure differs by more than seeds do: curves do not show it, a test does."]
+        lines += ["", "No figure differs by more than seeds do: only a test shows this mistake."]
     return "\n".join(lines)
