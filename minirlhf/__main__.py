@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 
 from minirlhf import ppo, reward_model, sft
+from minirlhf.checkpoint import STATE_FILE
 from minirlhf.common import Stopped, check, check_range, run
 from minirlhf.evaluate import (cell, describe, gold_figures, judge_answers, kl_to_reference,
                                load_policy, read_prompts, sample_answers, side_by_side, table)
@@ -65,11 +66,10 @@ def command(module: str, cfg) -> str:
     return " ".join(words)
 
 
-class Clock:
-    """Announces stages and remembers how many seconds each took, in a file: pipeline.json.
+class Progress:
+    """Which stages of the pipeline are finished, and how many seconds each took: pipeline.json.
 
-    While that file is there the pipeline is not finished, and `resume` says so: the stages go on
-    where they were, and those that are finished are left as they are.
+    While that file is there the pipeline is not finished, and the same command goes on with it.
     """
 
     def __init__(self, cfg: PipelineConfig, plan: Plan):
@@ -85,7 +85,17 @@ class Clock:
             self.seconds = found["seconds"]
             print(f"going on with the pipeline in {cfg.out}; finished: "
                   f"{', '.join(self.seconds) or 'no stage'}", flush=True)
+        else:
+            for name in ("sft", "reward_model", "reward_model_2", "ppo"):    # now, not at its turn
+                path = os.path.join(cfg.out, name, STATE_FILE)
+                check(not os.path.exists(path), f"{os.path.dirname(path)} holds a run that is not "
+                      f"finished; name another folder by --out, or delete {path}")
         self.keep()
+
+    def goes_on(self, name: str, folder: str) -> bool:
+        """Whether a stage was begun by this pipeline; what an earlier one made is made anew."""
+        begun = name in self.seconds or os.path.exists(os.path.join(folder, STATE_FILE))
+        return self.resume and begun
 
     def keep(self) -> None:
         """Write the file."""
@@ -103,43 +113,46 @@ class Clock:
         print(f"    ({self.seconds[self.name]:.0f} s)", flush=True)
 
 
-def train(cfg: PipelineConfig, plan: Plan, clock: Clock) -> tuple[list[str], list[dict]]:
+def train(cfg: PipelineConfig, plan: Plan, progress: Progress) -> tuple[list[str], list[dict]]:
     """Run the three stages; returns the reward models' folders and their last metrics."""
-    sft_cfg = sft.SFTConfig(model=cfg.base, examples=plan.demonstrations, seed=cfg.seed,
-                            resume=clock.resume, out=os.path.join(cfg.out, "sft"))
-    clock.start("sft", f"1. SFT: {command('sft', sft_cfg)}")
+    out = os.path.join(cfg.out, "sft")
+    sft_cfg = sft.SFTConfig(model=cfg.base, examples=plan.demonstrations, seed=cfg.seed, out=out,
+                            resume=progress.goes_on("sft", out))
+    progress.start("sft", f"1. SFT: {command('sft', sft_cfg)}")
     sft.main(sft_cfg)
-    clock.stop()
+    progress.stop()
 
     path = os.path.join(cfg.out, "comparisons.jsonl")
-    clock.start("comparisons", "2a. comparisons: the SFT model answers, the gold judge chooses")
-    if "comparisons" not in clock.seconds:
+    progress.start("comparisons", "2a. comparisons: the SFT model answers, the gold judge chooses")
+    if "comparisons" not in progress.seconds:
         records = comparisons(plan.comparisons, cfg.seed, sft_cfg.out)
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8"))
         first = records[0]
         print(f"{len(records)} comparisons, in {path}; the first: {first['prompt']!r}\n"
               f"  chosen   {first['chosen']!r}\n  rejected {first['rejected']!r}")
-    clock.stop()
+    progress.stop()
 
     folders, figures = [], []
     for number in range(1, plan.reward_models + 1):
         name = "reward_model" if number == 1 else f"reward_model_{number}"
+        out = os.path.join(cfg.out, name)
         rm_cfg = reward_model.RewardModelConfig(
             model=sft_cfg.out, data=path, comparisons=plan.comparisons,
             held_out=plan.comparisons // 10, seed=100 * cfg.seed + number,
-            resume=clock.resume, out=os.path.join(cfg.out, name))
-        clock.start(name, f"2b. reward model: {command('reward_model', rm_cfg)}")
+            out=out, resume=progress.goes_on(name, out))
+        progress.start(name, f"2b. reward model: {command('reward_model', rm_cfg)}")
         figures.append(reward_model.main(rm_cfg))
         folders.append(rm_cfg.out)
-        clock.stop()
+        progress.stop()
 
+    out = os.path.join(cfg.out, "ppo")
     ppo_cfg = ppo.PPOConfig(model=sft_cfg.out, reward=",".join(folders), ensemble="min",
-                            iterations=plan.iterations, seed=cfg.seed, resume=clock.resume,
-                            out=os.path.join(cfg.out, "ppo"))
-    clock.start("ppo", f"3. PPO: {command('ppo', ppo_cfg)}")
+                            iterations=plan.iterations, seed=cfg.seed, out=out,
+                            resume=progress.goes_on("ppo", out))
+    progress.start("ppo", f"3. PPO: {command('ppo', ppo_cfg)}")
     ppo.main(ppo_cfg)
-    clock.stop()
+    progress.stop()
     return folders, figures
 
 
@@ -196,27 +209,27 @@ def main(cfg: PipelineConfig) -> dict:
     """Run everything; returns what report.json holds."""
     plan = QUICK if cfg.quick else Plan()
     load_policy(cfg.base)                                # fail now, not after the first stage
-    clock = Clock(cfg, plan)
+    progress = Progress(cfg, plan)
     if cfg.quick:
         print("--quick: small data and few steps. Everything runs, but the results are clearly "
               "worse than those of python -m minirlhf")
     try:
-        rm_folders, rm_figures = train(cfg, plan, clock)
+        rm_folders, rm_figures = train(cfg, plan, progress)
     except Stopped as stop:
         raise Stopped("stopped, with a checkpoint; the same command goes on", stop.signal) from None
 
-    clock.start("evaluation", f"4. evaluation: {plan.prompts} held-out prompts, {plan.answers} "
+    progress.start("evaluation", f"4. evaluation: {plan.prompts} held-out prompts, {plan.answers} "
                 "answers to each from each policy")
     found = evaluate(cfg, plan, rm_folders)
     picture = os.path.join(cfg.out, "curves.png")
     pipeline_picture(os.path.join(cfg.out, "sft"), rm_folders, os.path.join(cfg.out, "ppo"),
                      picture)
-    clock.stop()
+    progress.stop()
 
-    report = make_report(cfg, plan, found, rm_figures, clock.seconds)
+    report = make_report(cfg, plan, found, rm_figures, progress.seconds)
     path = os.path.join(cfg.out, "report.json")
     write_json(path, report)
-    os.unlink(clock.path)
+    os.unlink(progress.path)
     print("\n=== samples: held-out prompts, gold score in brackets")
     for sample in found["samples"]:
         print(sample["prompt"].replace("\n", " | "))

@@ -16,6 +16,7 @@ it is executed, and its checksum must be right.
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -40,7 +41,7 @@ STATE_FILE = "training_state.safetensors"
 RUN_FILE = "run.json"               # of a finished run: its options and its last row of metrics
 MAY_CHANGE = ("out", "resume", "save_every")    # every other option could change the result
 STATE_KEYS = {"command": str, "config": dict, "step": int, "extra": dict, "row": dict,
-              "inputs": dict, "sizes": dict, "threads": int, "torch": str}
+              "inputs": dict, "sizes": dict, "threads": int, "torch": str, "processes": int}
 
 
 # ---- the state as a file -------------------------------------------------------------------------
@@ -135,15 +136,20 @@ def fingerprint(*things) -> str:
 
 
 def lock_folder(folder: str):
-    """An open file by which this process holds `folder`; the system lets go of it at any end."""
+    """An open file by which this process holds `folder`; the system lets go of it at any end.
+
+    Windows and file systems without locks are not protected from two runs in one folder.
+    """
     file = open(os.path.join(folder, ".lock"), "a", encoding="utf-8")
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             raise ValueError(f"{folder}: another run is writing into this folder; wait for its "
                              "end, or name another folder by --out") from None
+        except OSError:
+            pass                                         # a file system without locks
     return file
 
 
@@ -173,7 +179,8 @@ class RunFolder:
         self.path = os.path.join(cfg.out, STATE_FILE)
         self.step, self.extra, self.row, self.tensors = 0, {}, {}, {}
         self.finished, self.signal, self.lock, self.handlers = False, 0, None, {}
-        self.writer = parallel.rank() == 0
+        self.saved = 0                                   # steps in the last state that was written
+        self.writer, self.device = parallel.rank() == 0, torch.device(cfg.device)
 
     def __enter__(self) -> "RunFolder":
         if self.writer:
@@ -181,6 +188,7 @@ class RunFolder:
             self.lock = lock_folder(self.folder)
         try:
             sizes = self.find_state()
+            self.check_agreement()
             if self.writer and not self.finished:
                 self.metrics = MetricsFile(self.folder, self.fields, sizes.get("metrics.csv", 0))
                 self.samples = PartFile(self.folder, "samples.txt", sizes.get("samples.txt", 0))
@@ -210,9 +218,8 @@ class RunFolder:
 
     def last_good(self) -> str:
         """Where an interrupted or failed run can be taken up, in words."""
-        if os.path.exists(self.path):
-            done = read_state(self.path)[0]["step"]
-            return f"{self.path}, after step {done} of {self.total}"
+        if self.saved > 0:
+            return f"{self.path}, after step {self.saved} of {self.total}"
         return "what the stage started from, which is unchanged"
 
     def find_state(self) -> dict[str, int]:
@@ -229,19 +236,51 @@ class RunFolder:
         self.check_config(state["config"], self.path)
         self.check_inputs(state["inputs"])
         check(state["step"] <= self.total, f"{self.path}: {state['step']} steps of {self.total}")
-        here = (torch.get_num_threads(), torch.__version__)
-        if (state["threads"], state["torch"]) != here:
-            print(f"the run began with {state['threads']} threads and PyTorch {state['torch']}, "
-                  f"here are {here[0]} and {here[1]}: the last digits may differ from an "
-                  "uninterrupted run's")
+        if state["step"] == self.total and self.is_published(state):
+            self.row, self.finished, self.tensors = state["row"], True, {}
+            self.clean_up()                              # all that the kill left to do
+            print(f"{self.folder} holds the finished run: nothing to do")
+            return {}
+        here = (parallel.processes(), torch.get_num_threads(), torch.__version__)
+        there = (state["processes"], state["threads"], state["torch"])
+        if there != here:
+            print(f"the run began with {there[0]} processes, {there[1]} threads and PyTorch "
+                  f"{there[2]}, here are {here[0]}, {here[1]} and {here[2]}: the last digits may "
+                  "differ from an uninterrupted run's")
         self.step, self.row, self.extra = state["step"], state["row"], state["extra"]
+        self.saved = self.step
         print(f"going on after step {self.step} of {self.total} ({self.path})", flush=True)
         return state["sizes"]
 
-    def find_finished(self) -> None:
-        """Take the result of a finished run, if the folder holds one."""
+    def is_published(self, state: dict) -> bool:
+        """Whether the folder holds this run's result already: it was killed after writing it."""
         path = os.path.join(self.folder, RUN_FILE)
-        found = read_json(path) if os.path.exists(path) else {}
+        run = read_json(path) if os.path.exists(path) else {}
+        return run.get("finished") is True and all(run.get(name) == state[name]
+                                                   for name in ("command", "inputs", "row"))
+
+    def clean_up(self) -> None:
+        """Remove what only an unfinished run needs; the state goes last."""
+        if self.writer:
+            for name in ("metrics.csv.part", "samples.txt.part", STATE_FILE):
+                path = os.path.join(self.folder, name)
+                if os.path.exists(path):
+                    os.unlink(path)
+
+    def check_agreement(self) -> None:
+        """Refuse processes that begin at other steps or with other inputs than this one."""
+        text = repr((self.step, self.finished, sorted(self.inputs.items())))
+        number = zlib.crc32(text.encode()) % (1 << 20)   # exact in float32
+        highest = parallel.largest_over_processes(number, self.device)
+        lowest = -parallel.largest_over_processes(-number, self.device)
+        check(highest == lowest, f"the processes see different contents of {self.folder}, or "
+              "different weights or data; they need one file system, or equal copies")
+
+    def find_finished(self) -> None:
+        """Take the result of a finished run, if the folder holds one and no later run began."""
+        path = os.path.join(self.folder, RUN_FILE)
+        later = os.path.exists(os.path.join(self.folder, "metrics.csv.part"))
+        found = read_json(path) if os.path.exists(path) and not later else {}
         if found.get("command") != self.command or found.get("finished") is not True:
             print(f"{self.folder} holds nothing to resume: starting from the beginning")
             return
@@ -259,7 +298,8 @@ class RunFolder:
                      for name in sorted({**saved, **now})
                      if name not in MAY_CHANGE and saved.get(name) != now.get(name)]
         check(not differing, f"--resume: {'; '.join(differing)}. Go on with the options that the "
-              f"run in {self.folder} began with, or name another folder by --out")
+              f"run in {self.folder} began with (others would change the result, some of them only "
+              "in the last digits), or name another folder by --out")
 
     def check_inputs(self, saved) -> None:
         """Refuse other weights or data than the run began with."""
@@ -286,12 +326,18 @@ class RunFolder:
 
         `extra` are the trainer's own numbers that change from step to step, as `kl_coef`.
         """
+        bad = [name for name, value in row.items() if value != "" and not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(f"{bad[0]} is {row[bad[0]]} in step {step}; look at the data "
+                                     "and the reward, or lower the learning rate")
         self.step, self.row, self.extra = step, row, extra
         if self.writer:
             self.metrics.write(row)
-        stop = parallel.largest(self.signal, next(networks.parameters()).device)
-        if self.writer and (stop or step % self.cfg.save_every == 0 or step == self.total):
-            self.save(networks, optimizer)
+        stop = parallel.largest_over_processes(self.signal, self.device)
+        if stop or step % self.cfg.save_every == 0 or step == self.total:
+            if self.writer:
+                self.save(networks, optimizer)
+            self.saved = step
         if stop:
             raise Stopped(f"stopped by signal {stop} after step {step} of {self.total}; go on "
                           "with the same command and --resume", stop)
@@ -301,14 +347,15 @@ class RunFolder:
         sizes = {"metrics.csv": self.metrics.sync(), "samples.txt": self.samples.sync()}
         state = {"command": self.command, "config": asdict(self.cfg), "step": self.step,
                  "extra": self.extra, "row": self.row, "inputs": self.inputs, "sizes": sizes,
-                 "threads": torch.get_num_threads(), "torch": torch.__version__}
+                 "threads": torch.get_num_threads(), "torch": torch.__version__,
+                 "processes": parallel.processes()}
         write_state(self.path, state, pack(networks, optimizer))
 
     def publish(self, save, *arguments) -> None:
         """Write the finished files: `save(*arguments)`, the growing files, run.json.
 
         While they are being written run.json says so, and `from_pretrained` refuses the folder: it
-        could hold files of two runs. The state goes last: after a kill `--resume` does it again.
+        could hold files of two runs. The state goes last: after a kill `--resume` does the rest.
         """
         if not self.writer:
             return
@@ -320,18 +367,16 @@ class RunFolder:
             with open(file.path, "rb") as growing:
                 write_atomically(file.path.removesuffix(".part"), growing.read())
         write_json(os.path.join(self.folder, RUN_FILE), {**run, "finished": True})
-        if os.path.exists(self.path):
-            os.unlink(self.path)
-        os.unlink(self.metrics.path)
-        os.unlink(self.samples.path)
+        self.clean_up()
 
     def ask_to_stop(self, number: int, frame) -> None:
         """Signal handler: the first signal waits for the end of the step, a second Ctrl-C not."""
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping at the end of this step, with a checkpoint (Ctrl-C again: now, without)",
-              file=sys.stderr, flush=True)
+        if self.writer:
+            print("\nstopping at the end of this step, with a checkpoint (Ctrl-C again: now, "
+                  "without)", file=sys.stderr, flush=True)
 
 
 def check_run_options(cfg) -> None:

@@ -234,6 +234,15 @@ class GPT2(nn.Module):
         write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
 
 
+def scalar_head(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden (B, T, C) -> one number per position (B, T), in float32 under autocast, too.
+
+    Scores and values are compared, subtracted and summed: 8 bits would make near ones equal.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(2)             # (B, T)
+
+
 class ScalarModel(nn.Module):
     """A GPT-2 with one number per position in place of logits: a reward model or a critic."""
 
@@ -247,7 +256,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) -> one number per position (B, T)."""
-        return self.score_head(self.transformer.hidden(ids)).squeeze(2)  # (B, T)
+        return scalar_head(self.score_head, self.transformer.hidden(ids))    # (B, T)
 
     def score(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """ids (B, T), lengths (B,) -> the number at each row's last real token (B,)."""
@@ -411,8 +420,11 @@ class KVCache:
                  like: torch.Tensor):
         B, hs = len(prompt_lengths), config.n_embd // config.n_head
         shape = (config.n_layer, B, config.n_head, columns, hs)
-        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.empty(shape, dtype=like.dtype, device=like.device)
+        kind, dtype = like.device.type, like.dtype
+        if torch.is_autocast_enabled(kind):              # keys and values come in this type
+            dtype = torch.get_autocast_dtype(kind)
+        self.keys = torch.empty(shape, dtype=dtype, device=like.device)
+        self.values = torch.empty(shape, dtype=dtype, device=like.device)
         self.filled = 0                                  # columns in use
         self.lengths = prompt_lengths.clone()            # (B,) real tokens in use
         self.visible = None                              # the first pass is plainly causal
@@ -496,7 +508,7 @@ def next_logprobs(model: GPT2, last: torch.Tensor, temperature: float, top_k: in
 
 def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_token: int,
              generator: torch.Generator | None = None, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, greedy: bool = False) -> Generation:
+             top_p: float = 1.0, greedy: bool = False, where: str = "generate") -> Generation:
     """Continue every prompt until its end token or `max_new_tokens`, batched, with a KV cache.
 
     prompts: B lists of token ids, of unequal lengths. Every row uses its own `max_new_tokens`
@@ -504,7 +516,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_
     the same sample, and a row's sample depends neither on its neighbours nor on when they end.
     Rows that ended leave the batch when they are a quarter of it.
     Raises: ValueError for an empty prompt, ids outside the vocabulary, or when prompt plus response
-    exceed the context; FloatingPointError when the model gives no numbers.
+    exceed the context; FloatingPointError, saying `where`, when the model gives no numbers.
     """
     longest = check_prompts(model, prompts, max_new_tokens, end_token)
     check(temperature > 0, f"temperature is {temperature}, expected a value above 0")
@@ -542,7 +554,7 @@ def generate(model: GPT2, prompts: list[list[int]], max_new_tokens: int, *, end_
                 rows, tokens = rows[going], tokens[going]
             last = model.hidden(tokens[:, None], cache)[:, 0]            # (R, C)
     T = int(lengths.max())
-    check_finite("the log-probability of a sampled token", picked, "generate")
+    check_finite("the log-probability of a sampled token", picked, where)
     return Generation(ids[:, :T], prompt_lengths, lengths, ended, picked[:, :T - 1])
 
 

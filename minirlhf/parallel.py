@@ -8,7 +8,9 @@ gradients are added up (`add_gradients`). All random numbers are named by their 
 not by a process: N processes draw the samples and the minibatches that one would draw. With one
 process every function here gives back what it was given.
 
-Only process 0 prints and writes files. Imports nothing of ours but the checks.
+Only process 0 writes files, and from `start` on only it prints. Ctrl-C reaches all processes;
+torchrun kills those that take longer than 30 seconds to come to the end of their step (its option
+--shutdown_timeout, where it has it). Imports nothing of ours but the checks.
 """
 
 import atexit
@@ -41,31 +43,49 @@ def precision(config) -> contextlib.AbstractContextManager:
     would be rounded away. Here the optimiser adds to float32 weights, and each forward pass uses
     their rounded copies. Leave the context before the next optimiser step: it keeps those copies.
     """
-    return torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+    if config.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(config.device, dtype=torch.bfloat16)
 
 
 # ---- processes -----------------------------------------------------------------------------------
 
-def start(device: str) -> torch.device:
-    """Join the processes that torchrun started, if it did; returns this process's device."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+def start(device: str) -> None:
+    """Join the processes that torchrun started, if it did."""
+    if "WORLD_SIZE" in os.environ and not started():
+        check(device != "mps", "--device mps: there is no torch.distributed for it; start one "
+              "process, without torchrun")
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return torch.device(device)
+
+
+def started() -> bool:
+    """Whether there is a group of processes; some builds of PyTorch know none."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if started() else 0
 
 
 def processes() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if started() else 1
+
+
+def first_alone(function, *arguments):
+    """Call a function that may download or write in process 0 first, then in the others."""
+    if rank() > 0:
+        dist.barrier()
+    result = function(*arguments)
+    if rank() == 0 and processes() > 1:
+        dist.barrier()
+    return result
 
 
 def share(total: int) -> slice:
@@ -80,7 +100,7 @@ def add_gradients(parameters) -> None:
     """Replace every gradient by its sum over the processes.
 
     Each process's loss is its rows' part of the whole batch's mean, so the sum is the gradient of
-    the whole batch's loss: the average, in other words, of what the processes have.
+    the whole batch's loss: the division is already in the losses.
     """
     if processes() == 1:
         return
@@ -90,21 +110,22 @@ def add_gradients(parameters) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def add(values: torch.Tensor) -> torch.Tensor:
+def sum_tensor(values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over the processes."""
     if processes() > 1:
         dist.all_reduce(values)
     return values
 
 
-def add_numbers(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+def sum_over_processes(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
     """The sums of named numbers over the processes."""
     if processes() == 1:
         return numbers
-    return dict(zip(numbers, add(torch.tensor(list(numbers.values()), device=device)).tolist()))
+    values = sum_tensor(torch.tensor(list(numbers.values()), device=device))
+    return dict(zip(numbers, values.tolist()))
 
 
-def largest(value: float, device: torch.device) -> float:
+def largest_over_processes(value: float, device: torch.device) -> float:
     """The largest of the processes' values."""
     if processes() == 1:
         return value
@@ -122,8 +143,8 @@ def gather_rows(part: torch.Tensor, total: int, fill: int = 0) -> torch.Tensor:
         return part
     numbers = part.to(torch.uint8) if part.dtype == torch.bool else part
     if part.dim() == 2:
-        width = largest(part.shape[1], part.device)
+        width = largest_over_processes(part.shape[1], part.device)
         numbers = torch.nn.functional.pad(numbers, (0, width - part.shape[1]), value=fill)
     whole = torch.zeros(total, *numbers.shape[1:], dtype=numbers.dtype, device=part.device)
     whole[share(total)] = numbers
-    return add(whole).to(part.dtype)                     # every other process has zeros there
+    return sum_tensor(whole).to(part.dtype)              # every other process has zeros there

@@ -52,7 +52,7 @@ from minirlhf.common import (check, check_choice, check_finite, check_output, ch
 from minirlhf.data import (Tokenizer, encode_prompt, fit_rows, load_function, read_records,
                            response_mask)
 from minirlhf.gpt2 import (GPT2, Generation, ScalarModel, check_tokenizer, find_folder, generate,
-                           token_logprobs)
+                           scalar_head, token_logprobs)
 from minirlhf.rewards import ModelReward, is_function, load_reward
 
 
@@ -242,7 +242,7 @@ class PolicyWithValue(nn.Module):
         logprobs, entropy = token_logprobs(hidden, ids, mask, self.policy.wte.weight, temperature,
                                            entropy_grad)                            # (B, T-1) each
         if self.critic is None:
-            values = self.value_head(hidden).squeeze(2)[:, :-1]                     # (B, T-1)
+            values = scalar_head(self.value_head, hidden)[:, :-1]                   # (B, T-1)
         else:
             values = self.critic(ids)[:, :-1]                                       # (B, T-1)
         return logprobs, torch.where(mask, values, torch.zeros_like(values)), entropy
@@ -309,7 +309,8 @@ def sample_responses(policy: GPT2, prompts: list[list[int]], cfg: PPOConfig, tok
     # each row uses its own random numbers: here those of the rows of the processes before are drawn
     torch.rand(mine.start, cfg.max_new_tokens, generator=generator, dtype=torch.float64)
     made = generate(policy, prompts[mine], cfg.max_new_tokens, end_token=tokenizer.end_token,
-                    temperature=cfg.temperature, generator=generator)
+                    temperature=cfg.temperature, generator=generator,
+                    where=f"iteration {iteration}")
     return Generation(parallel.gather_rows(made.ids, B, fill=tokenizer.end_token),
                       parallel.gather_rows(made.prompt_lengths, B),
                       parallel.gather_rows(made.lengths, B), parallel.gather_rows(made.ended, B),
@@ -411,23 +412,25 @@ def train_step(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batc
         check_finite("loss", loss.detach(), where)
         loss.backward()
         real_ratio = ratio.detach()[mask]                                           # (N,)
-        sums["kl_old"] += (real_ratio - 1 - real_ratio.log()).sum().item()     # k3, never negative
+        k3 = real_ratio - 1 - real_ratio.clamp(min=1e-30).log()     # (N,) a ratio may round to 0
+        sums["kl_old"] += k3.sum().item()
         sums["clipfrac"] += ((real_ratio - 1).abs() > cfg.cliprange).sum().item()
         sums["pg_loss"] += pg_loss.item() * tokens
         sums["vf_loss"] += vf_loss.item() * tokens
         ratio_max = max(ratio_max, real_ratio.max().item())
         ratio_first = max(ratio_first, (real_ratio - 1).abs().max().item())
-    sums = parallel.add_numbers(sums, batch.ids.device)
+    sums = parallel.sum_over_processes(sums, batch.ids.device)
     # before the first step kl_old is 0 up to rounding, so an update is never empty
     if not first and 0 < cfg.kl_old_stop < sums["kl_old"] / tokens:
-        return None
+        return None                                      # the gradients are left: zero_grad is next
+    ratio_first = parallel.largest_over_processes(ratio_first, batch.ids.device)
     check(not first or ratio_first < TOLERANCE[cfg.dtype], f"{where}: the first ratio is off 1 by "
           f"{ratio_first:.3g}: policy and rollout disagree before any step was taken")
     parallel.add_gradients(networks.parameters())
     grad_norm = clip_gradients(networks, cfg.max_grad_norm, where)
     optimizer.step()
     return {**sums, "tokens": tokens, "grad_norm": grad_norm, "ratio_first": ratio_first,
-            "ratio_max": parallel.largest(ratio_max, batch.ids.device)}
+            "ratio_max": parallel.largest_over_processes(ratio_max, batch.ids.device)}
 
 
 def minibatches(cfg: PPOConfig, iteration: int) -> list[torch.Tensor]:
@@ -580,10 +583,11 @@ def progress(row: dict, seconds: float) -> str:
 
 def main(cfg: PPOConfig) -> dict:
     """Train and save; returns the last row of metrics."""
-    check_output(cfg.out, find_folder(cfg.model), *cfg.reward.split(","))
     parallel.start(cfg.device)
+    folder = parallel.first_alone(find_folder, cfg.model)
+    check_output(cfg.out, folder, *cfg.reward.split(","))
     networks, ref_policy = make_networks(cfg)
-    policy, tokenizer = networks.policy, Tokenizer.load(find_folder(cfg.model))
+    policy, tokenizer = networks.policy, Tokenizer.load(folder)
     check_tokenizer(policy, tokenizer, cfg.model)
     reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer, cfg.device)
     frozen = [ref_policy]
@@ -594,13 +598,12 @@ def main(cfg: PPOConfig) -> dict:
     if gold_function is not None:
         try_gold(gold_function, prompts[0], tokenizer)
     optimizer = make_optimizer(networks, cfg)
-    kl_coef = cfg.kl_coef
     inputs = {"--model and --reward": fingerprint(*frozen), "--prompts": fingerprint(prompts)}
     with RunFolder(cfg, cfg.iterations, METRICS, inputs) as run_folder:
         if run_folder.finished:
             return run_folder.row
         run_folder.restore(networks, optimizer)
-        kl_coef = run_folder.extra.get("kl_coef", cfg.kl_coef)
+        kl_coef = float(run_folder.extra.get("kl_coef", cfg.kl_coef))
         print(f"PPO: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.critic} critic, "
               f"reward {cfg.reward}", flush=True)
         for iteration in range(run_folder.step, cfg.iterations):

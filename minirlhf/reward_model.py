@@ -57,7 +57,7 @@ class RewardModelConfig:
     max_grad_norm: float = 1.0          # gradients are clipped to this norm
     max_new_tokens: int = 32            # longest of the responses for normalisation, tokens
     norm_samples: int = 256             # SFT responses on which scores get mean 0 and deviation 1
-    accumulation: int = 1               # parts that a step's batch is computed in, to save memory
+    accumulation: int = 1               # parts that a step's batch is cut into, to save memory
     checkpointing: bool = False         # compute each layer twice, to save memory
     dtype: str = "float32"              # of matrix products: float32, bfloat16
     device: str = "cpu"                 # cpu, cuda, mps
@@ -191,8 +191,9 @@ def train_step(model: ScalarModel, optimizer: torch.optim.Optimizer, rows: list[
         with parallel.precision(cfg):
             chosen_scores, rejected_scores = score_pairs(model, mine[first:first + part],
                                                          end_token)                 # (b,), (b,)
-        check_finite("chosen_scores", chosen_scores.detach(), where)
-        check_finite("rejected_scores", rejected_scores.detach(), where)
+        numbers = torch.arange(len(rows))[parallel.share(len(rows))][first:first + part]    # (b,)
+        check_finite("chosen_scores", chosen_scores.detach(), where, numbers)
+        check_finite("rejected_scores", rejected_scores.detach(), where, numbers)
         loss = bradley_terry_loss(chosen_scores, rejected_scores, len(rows))
         loss.backward()
         sums["loss"] += loss.item()
@@ -200,7 +201,7 @@ def train_step(model: ScalarModel, optimizer: torch.optim.Optimizer, rows: list[
     parallel.add_gradients(model.parameters())
     grad_norm = clip_gradients(model, cfg.max_grad_norm, where)
     optimizer.step()
-    sums = parallel.add_numbers(sums, model.score_head.weight.device)
+    sums = parallel.sum_over_processes(sums, model.score_head.weight.device)
     return sums["loss"], sums["right"] / len(rows), grad_norm
 
 
@@ -227,7 +228,7 @@ def sft_scores(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: 
             made = generate(policy, prompts[first:first + 64], cfg.max_new_tokens,
                             end_token=end_token, generator=random_stream(cfg.seed, 2, first))
             scores[first:first + 64] = model.score(made.ids, made.lengths)
-    return parallel.add(scores).cpu()                    # other processes have zeros there
+    return parallel.sum_tensor(scores).cpu()                    # other processes have zeros there
 
 
 def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
@@ -272,9 +273,9 @@ def normalise(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: R
 
 def main(cfg: RewardModelConfig) -> dict:
     """Train, normalise and save; returns the last row of metrics with the held-out figures."""
-    folder = find_folder(cfg.model)
-    check_output(cfg.out, folder)
     parallel.start(cfg.device)
+    folder = parallel.first_alone(find_folder, cfg.model)
+    check_output(cfg.out, folder)
     policy, tokenizer = GPT2.from_pretrained(folder).to(cfg.device), Tokenizer.load(folder)
     check_tokenizer(policy, tokenizer, folder)
     rows = collect(cfg, tokenizer, policy.config.n_positions)

@@ -50,7 +50,7 @@ class SFTConfig:
     out: str = "checkpoints/sft"        # folder to write
     epochs: int = 2                     # passes over the demonstrations
     batch_size: int = 32                # demonstrations a step
-    accumulation: int = 1               # parts that a step's batch is computed in, to save memory
+    accumulation: int = 1               # parts that a step's batch is cut into, to save memory
     lr: float = 3e-4                    # peak learning rate; for GPT-2 124M rather 2e-5
     warmup_steps: int = 10              # steps of linear warm-up, then cosine down to 0
     weight_decay: float = 0.01          # AdamW's
@@ -156,7 +156,7 @@ def train_step(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[Demons
     parallel.add_gradients(policy.parameters())
     grad_norm = clip_gradients(policy, cfg.max_grad_norm, where)
     optimizer.step()
-    return parallel.add_numbers({"loss": total}, policy.wte.weight.device)["loss"], grad_norm
+    return parallel.sum_over_processes({"loss": total}, policy.wte.weight.device)["loss"], grad_norm
 
 
 def evaluate(policy: GPT2, rows: list[Demonstration], cfg: SFTConfig, end_token: int) -> float:
@@ -169,7 +169,7 @@ def evaluate(policy: GPT2, rows: list[Demonstration], cfg: SFTConfig, end_token:
         for first in range(0, len(mine), size):
             ids, mask = make_batch(mine[first:first + size], end_token, cfg.device)
             total += batch_loss(policy, ids, mask, token_count).item()
-    return parallel.add_numbers({"loss": total}, policy.wte.weight.device)["loss"]
+    return parallel.sum_over_processes({"loss": total}, policy.wte.weight.device)["loss"]
 
 
 def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer, cfg: SFTConfig,
@@ -197,9 +197,9 @@ def save(policy: GPT2, tokenizer: Tokenizer, out: str) -> None:
 
 def main(cfg: SFTConfig) -> dict:
     """Fine-tune and save; returns the last row of metrics."""
-    folder = find_folder(cfg.model)
-    check_output(cfg.out, folder)
     parallel.start(cfg.device)
+    folder = parallel.first_alone(find_folder, cfg.model)
+    check_output(cfg.out, folder)
     policy, tokenizer = GPT2.from_pretrained(folder).to(cfg.device), Tokenizer.load(folder)
     check_tokenizer(policy, tokenizer, folder)
     policy.checkpointing = cfg.checkpointing

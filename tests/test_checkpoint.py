@@ -233,6 +233,26 @@ def test_a_signal_stops_the_run_at_the_end_of_the_step(tmp_path, whole, number, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("name", ["sft", "reward_model"])
+def test_a_signal_stops_the_other_trainers_too(tmp_path, whole, name, monkeypatch):
+    module, config = TRAINERS[name]
+    out, original = str(tmp_path / "run"), module.clip_gradients
+
+    def interrupted(*arguments):
+        if not os.path.exists(os.path.join(out, STATE_FILE)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "under_debugger", bool)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "clip_gradients", interrupted)
+        with pytest.raises(Stopped, match="signal 15 after step 1 of"):
+            quietly(module.main, config(**options_of(name, out=out)))
+    quietly(module.main, config(**options_of(name, out=out, resume=True)))
+    assert files_of(out) == whole[name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     out = str(tmp_path / "run")
 
@@ -321,7 +341,7 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(tmp_path):
 
 def test_changed_inputs_are_named_and_refused(unfinished, monkeypatch):
     monkeypatch.setattr(ppo, "collect_prompts", lambda *_: [[309, 5 + i % 7] for i in range(100)])
-    with pytest.raises(ValueError, match="--resume: --prompts changed since the run began"):
+    with pytest.raises(ValueError, match="--resume: --prompts changed since the run in .* began"):
         go_on(unfinished)
 
 
@@ -356,7 +376,7 @@ def test_a_state_of_another_trainer_is_refused(unfinished):
 def test_another_number_of_threads_is_mentioned(unfinished, capsys):
     torch.set_num_threads(2)
     ppo.main(ppo_config(**options_of("ppo", out=unfinished, resume=True)))
-    assert "the run began with 1 threads" in capsys.readouterr().out
+    assert "the run began with 1 processes, 1 threads" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_bad_names_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -373,6 +393,59 @@ def test_a_run_that_goes_bad_names_the_last_good_checkpoint(tmp_path, monkeypatc
     with pytest.raises(FloatingPointError, match="loss is not finite at iteration 2, step 0: nan.*"
                        "The last good checkpoint is .*training_state.safetensors, after step 2"):
         quietly(ppo.main, ppo_config(**options_of("ppo", out=out)))
+
+
+@pytest.mark.parametrize("lr", [1.0, 1e5])
+def test_a_run_that_diverges_writes_no_figure_that_is_not_finite(tmp_path, lr):
+    """Ratios round to 0 and reach the limit; either that is survived, or an error names it."""
+    out = str(tmp_path / "run")
+    with contextlib.suppress(FloatingPointError):
+        quietly(ppo.main, ppo_config(**options_of("ppo", out=out, lr=lr, max_grad_norm=1e9,
+                                                  warmup_iterations=0, iterations=10)))
+    (path,) = Path(out).glob("metrics.csv*")
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") > 1 and "inf" not in text and "nan" not in text
+
+
+def test_a_metric_that_is_not_finite_stops_the_run(tmp_path):
+    cfg = ppo_config(**options_of("ppo", out=str(tmp_path)))
+    layer = torch.nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="gold is nan in step 1.* The last good checkpoint "
+                                                 "is what the stage started from"):
+        with RunFolder(cfg, 8, ["score", "gold"], {}) as run:
+            run.end_step(1, {"score": 1.0, "gold": float("nan")}, layer,
+                         torch.optim.Adam(layer.parameters()))
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_kill_while_it_cleans_up_loses_nothing(tmp_path, whole, calls, monkeypatch):
+    out, original, count = str(tmp_path / "run"), os.unlink, 0
+
+    def failing(path, *arguments, **options):
+        nonlocal count
+        count += str(path).startswith(out) and not str(path).endswith(".tmp")
+        if count == calls:
+            raise Interruption
+        original(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "unlink", failing)
+        with pytest.raises(Interruption):
+            quietly(ppo.main, ppo_config(**options_of("ppo", out=out)))
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        ppo.main(ppo_config(**options_of("ppo", out=out, resume=True)))
+    assert "holds the finished run" in text.getvalue() or "going on after step 8" in text.getvalue()
+    assert files_of(out) == whole["ppo"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_not_taken_for_an_older_one(tmp_path):
+    out = str(tmp_path / "run")
+    quietly(ppo.main, ppo_config(**options_of("ppo", out=out)))
+    Path(out, "metrics.csv.part").write_text("iteration", encoding="utf-8")    # a new run began
+    before = Path(out, "model.safetensors").read_bytes()
+    go_on(out, seed=5)                                   # with other options, which is no mistake
+    assert Path(out, "model.safetensors").read_bytes() != before
 
 
 # ---- disks ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from minirlhf.weights import write_safetensors
 STATE = {"command": "SFT", "config": {"lr": 0.01, "model": "a\u00e9b", "resume": False}, "step": 7,
          "extra": {"kl_coef": 0.2}, "row": {"step": 7, "loss": 1.5, "held_out_loss": ""},
          "inputs": {"--data": "0123"}, "sizes": {"metrics.csv": 100, "samples.txt": 0},
-         "threads": 1, "torch": "2.0"}
+         "threads": 1, "torch": "2.0", "processes": 1}
 
 
 def make_networks(seed: int = 0):

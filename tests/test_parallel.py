@@ -22,7 +22,7 @@ TRAINERS = {"sft": (sft, sft_config), "reward_model": (reward_model, reward_conf
             "ppo": (ppo, ppo_config)}
 SMALL = {"sft": {"examples": 120, "epochs": 1, "eval_every": 3, "save_every": 3},
          "reward_model": {"comparisons": 160, "epochs": 1, "eval_every": 2, "norm_samples": 70},
-         "ppo": {"iterations": 3, "batch_size": 9, "minibatch_size": 5, "kl_target": 0.5,
+         "ppo": {"iterations": 3, "batch_size": 9, "minibatch_size": 4, "kl_target": 0.5,
                  "kl_horizon": 20.0, "reward": "REWARD"}}
 
 
@@ -158,15 +158,56 @@ def test_bfloat16_computes_in_half_precision_and_keeps_float32_weights(name, tmp
                              MODELS[name].from_pretrained(whole))
 
 
-def test_pure_bfloat16_weights_lose_small_updates():
-    weight = torch.tensor([0.02], dtype=torch.bfloat16)
-    for _ in range(100):
-        weight = weight - 1e-5                           # rounded away, every time
-    assert weight.item() == torch.tensor(0.02, dtype=torch.bfloat16).item()
-    master = torch.tensor([0.02])
-    for _ in range(100):
-        master = master - 1e-5
-    assert master.item() == pytest.approx(0.019, rel=1e-4)
+def test_statistics_stay_in_float32_under_bfloat16(monkeypatch):
+    cfg = ppo_config(**options_of("ppo", dtype="bfloat16"))
+    networks, ref_policy = ppo.make_networks(cfg)
+    with parallel.precision(cfg):
+        for critic in (networks, ppo.PolicyWithValue(networks.policy, None)):
+            ids, mask = torch.randint(0, 300, (2, 6)), torch.ones(2, 5, dtype=torch.bool)
+            assert {x.dtype for x in critic(ids, mask, 1.0)} == {torch.float32}
+        cache = gpt2.KVCache(ref_policy.config, torch.tensor([3]), 5, ref_policy.wte.weight)
+    assert cache.keys.dtype == torch.bfloat16            # as keys come: half of the memory
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 4])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_accumulation_computes_fewer_rows_at_a_time(name, accumulation, tmp_path, monkeypatch):
+    rows, batch_rows = [], {"sft": 16, "reward_model": 32, "ppo": 5}[name]
+    original = GPT2.hidden
+
+    def counted(self, ids, cache=None):
+        if torch.is_grad_enabled():                      # the passes that are trained through
+            rows.append(len(ids))
+        return original(self, ids, cache)
+
+    monkeypatch.setattr(GPT2, "hidden", counted)
+    module, config = TRAINERS[name]
+    options = options_of(name, out=str(tmp_path), accumulation=accumulation)
+    if name == "ppo":
+        options["minibatch_size"] = 5
+    quietly(module.main, config(**options))
+    part = -(-batch_rows // (accumulation * (2 if name == "reward_model" else 1)))
+    assert max(rows) == part * (2 if name == "reward_model" else 1)
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_every_trained_network_obeys_checkpointing(critic, tmp_path, monkeypatch):
+    networks, ref_policy = ppo.make_networks(ppo_config(critic=critic, checkpointing=True))
+    trunks = [networks.policy] + ([networks.critic.transformer] if networks.critic else [])
+    assert all(trunk.checkpointing for trunk in trunks)
+    calls, original = [], gpt2.checkpoint
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(gpt2, "checkpoint", counted)
+    for name in ("sft", "reward_model"):
+        module, config = TRAINERS[name]
+        calls.clear()
+        quietly(module.main, config(**options_of(name, out=str(tmp_path / name),
+                                                 checkpointing=True)))
+        assert calls
 
 
 @pytest.mark.parametrize("options, words", [

@@ -9,6 +9,7 @@ import pytest
 
 from minirlhf import __main__ as pipeline
 from minirlhf.experiments import seeds
+from minirlhf.weights import write_json
 
 SMALLEST = pipeline.Plan(demonstrations=300, comparisons=150, reward_models=2, iterations=2,
                          prompts=16, answers=2)
@@ -57,6 +58,10 @@ def test_a_stopped_pipeline_goes_on_to_the_same_report(report_folder, tmp_path, 
 
     monkeypatch.setattr(pipeline, "QUICK", SMALLEST)
     cfg = pipeline.PipelineConfig(base=TINY, out=str(tmp_path), quick=True, seed=3)
+    for name, command in (("sft", "SFT"), ("ppo", "PPO")):       # an earlier pipeline's results
+        (tmp_path / name).mkdir()
+        write_json(str(tmp_path / name / "run.json"), {"command": command, "finished": True,
+                                                       "config": {}, "inputs": {}, "row": {}})
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, failing)
         with pytest.raises(KeyboardInterrupt):

@@ -36,7 +36,7 @@ from minirlhf.weights import write_atomically, write_json
 class BenchmarkConfig:
     """Options of `python -m minirlhf.benchmark`."""
     runs: int = 3                       # measurements of everything of ours; tables show medians
-    naive_runs: int = 1                 # iterations of the naive baseline, minutes each; 0: none
+    naive_runs: int = 2                 # iterations of the naive baseline, minutes each; 0: none
     growth: bool = True                 # measure how time grows, too: about half of the time
     threads: int = 0                    # threads of PyTorch; 0: as many as it takes by itself
     quick: bool = False                 # tiny networks and counts: for a smoke test
