@@ -57,7 +57,7 @@ class GPT2Config:
 # has, for a few rows (a decoding step) and for GPT-2's wide unembedding. The operator used here is
 # the one behind torch.compile's linear layers.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-FEWEST_ROWS, SMALLEST_WEIGHT = 4, 1 << 18    # below these F.linear is as fast or faster
+FEWEST_ROWS, SMALLEST_WEIGHT = 2, 1 << 18    # below these F.linear is as fast or faster
 
 
 def suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
