@@ -204,6 +204,8 @@ class RunFolder:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.unlock()
+        if error is None or isinstance(error, Stopped):
+            parallel.finish()
         if isinstance(error, FloatingPointError):
             error.args = (f"{error}. The last good checkpoint is {self.last_good()}",)
         if error is None and self.signal:

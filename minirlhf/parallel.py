@@ -13,7 +13,6 @@ torchrun kills those that take longer than 30 seconds to come to the end of thei
 --shutdown_timeout, where it has it). Imports nothing of ours but the checks.
 """
 
-import atexit
 import contextlib
 import os
 import sys
@@ -58,7 +57,6 @@ def start(device: str) -> None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -66,6 +64,13 @@ def start(device: str) -> None:
 def started() -> bool:
     """Whether there is a group of processes; some builds of PyTorch know none."""
     return dist.is_available() and dist.is_initialized()
+
+
+def finish() -> None:
+    """Wait for the others, so that no process leaves while another still writes; then leave."""
+    if started():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def rank() -> int:
