@@ -29,13 +29,8 @@ import torch.nn as nn
 
 from minirlhf import parallel
 from minirlhf.common import MetricsFile, PartFile, Stopped, check, check_range, under_debugger
-from minirlhf.weights import (parse_json, read_json, read_with_metadata, tensor_bytes,
+from minirlhf.weights import (lock, parse_json, read_json, read_with_metadata, tensor_bytes,
                               write_atomically, write_json, write_safetensors)
-
-try:
-    import fcntl
-except ImportError:                                      # Windows
-    fcntl = None
 
 STATE_FILE = "training_state.safetensors"
 RUN_FILE = "run.json"               # of a finished run: its options and its last row of metrics
@@ -141,15 +136,14 @@ def lock_folder(folder: str):
     Windows and file systems without locks are not protected from two runs in one folder.
     """
     file = open(os.path.join(folder, ".lock"), "a", encoding="utf-8")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"{folder}: another run is writing into this folder; wait for its "
-                             "end, or name another folder by --out") from None
-        except OSError:
-            pass                                         # a file system without locks
+    try:
+        lock(file)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder}: another run is writing into this folder; wait for its end, or "
+                         "name another folder by --out") from None
+    except OSError:
+        pass                                             # a file system without locks
     return file
 
 
@@ -254,10 +248,14 @@ class RunFolder:
         print(f"going on after step {self.step} of {self.total} ({self.path})", flush=True)
         return state["sizes"]
 
+    def read_run(self) -> dict:
+        """What run.json says of the last run that published here; {} without one."""
+        path = os.path.join(self.folder, RUN_FILE)
+        return read_json(path) if os.path.exists(path) else {}
+
     def is_published(self, state: dict) -> bool:
         """Whether the folder holds this run's result already: it was killed after writing it."""
-        path = os.path.join(self.folder, RUN_FILE)
-        run = read_json(path) if os.path.exists(path) else {}
+        run = self.read_run()
         return run.get("finished") is True and all(run.get(name) == state[name]
                                                    for name in ("command", "inputs", "row"))
 
@@ -282,7 +280,7 @@ class RunFolder:
         """Take the result of a finished run, if the folder holds one and no later run began."""
         path = os.path.join(self.folder, RUN_FILE)
         later = os.path.exists(os.path.join(self.folder, "metrics.csv.part"))
-        found = read_json(path) if os.path.exists(path) and not later else {}
+        found = {} if later else self.read_run()
         if found.get("command") != self.command or found.get("finished") is not True:
             print(f"{self.folder} holds nothing to resume: starting from the beginning")
             return

@@ -279,8 +279,7 @@ class PartFile:
             with open(self.path, "ab") as file:
                 file.write(text.encode("utf-8"))
         except OSError as error:
-            raise OSError(error.errno, f"{self.path} could not be written ({error.strerror}): free "
-                          "some space, then go on from the last checkpoint") from None
+            raise self.not_written(error) from None
 
     def sync(self) -> int:
         """Wait until the disk has all of it; returns the file's size in bytes."""
@@ -289,8 +288,12 @@ class PartFile:
                 os.fsync(file.fileno())
                 return os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise OSError(error.errno, f"{self.path} could not be written ({error.strerror}): free "
-                          "some space, then go on from the last checkpoint") from None
+            raise self.not_written(error) from None
+
+    def not_written(self, error: OSError) -> OSError:
+        """The error as a sentence that names the file."""
+        return OSError(error.errno, f"{self.path} could not be written ({error.strerror}): free "
+                       "some space, then go on from the last checkpoint")
 
     def finish(self) -> None:
         """Give the file its name; nothing is written after it."""

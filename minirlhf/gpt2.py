@@ -79,11 +79,13 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
+        """x (N, in), weight (in, out), bias (out,) -> (N, out)."""
         ctx.save_for_backward(x, weight)
         return product(x, weight.T, bias)                                # (N, out)
 
     @staticmethod
     def backward(ctx, grad):
+        """grad (N, out) -> gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         return product(grad, weight, None), product(x.T, grad.T, None), grad.sum(dim=0)
 
@@ -196,9 +198,9 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., V), through the transposed token embedding."""
-        if torch.is_grad_enabled() or hidden.dim() != 2:
-            return F.linear(hidden, self.wte.weight)
-        return product(hidden, self.wte.weight, None)
+        if hidden.dim() == 2:
+            return product(hidden, self.wte.weight, None)
+        return F.linear(hidden, self.wte.weight)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) -> logits (B, T, V); logits[:, t] predict ids[:, t+1]."""
@@ -346,6 +348,7 @@ class ActionLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, unembedding, actions, temperature):
+        """states (N, C), unembedding (V, C), actions (N,) -> chosen (N,), spread (N,) in nats."""
         table = product(states, unembedding, None)                       # (N, V) logits
         N, V = table.shape
         number = torch.promote_types(table.dtype, torch.float32)
@@ -366,6 +369,7 @@ class ActionLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_chosen, _):
+        """grad_chosen (N,) -> gradients of states and unembedding."""
         states, unembedding, actions = ctx.saved_tensors
         table, ctx.table = ctx.table, None                               # (N, V) probabilities
         assert table is not None, "ActionLogprobs: backward was called twice"

@@ -27,7 +27,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import torch
 
@@ -313,7 +313,7 @@ def write_safetensors(path: str, tensors: dict[str, torch.Tensor],
 
 # ---- writing ------------------------------------------------------------------------------------
 
-def lock(file: BinaryIO) -> None:
+def lock(file: IO) -> None:
     """Lock an open file until it is closed, by a kill too; `OSError` if somebody else has."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 
+import pytest
 import torch
 
 from minirlhf import ppo, reward_model, sft
@@ -163,6 +164,20 @@ def ppo_config(**options) -> ppo.PPOConfig:
         "prompt_count": 100, "gold": "", "iterations": 2, "batch_size": 8, "minibatch_size": 4,
         "max_new_tokens": 5, "lr": 5e-3, "critic_lr": 5e-3, "kl_coef": 0.02, "sample_every": 100,
         **options})
+
+
+# ---- the machine -------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def limited_file_size(limit: int):
+    """Inside, no file may grow beyond `limit` bytes, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ---- looking at results --------------------------------------------------------------------------

@@ -5,7 +5,6 @@
 runs PPO for as many iterations as it takes to see memory grow (without the variable a few).
 """
 
-import contextlib
 import gc
 import gzip
 import json
@@ -18,8 +17,8 @@ import time
 import pytest
 import torch
 from fuzzing import MEBIBYTE, peak_memory, reset_peak
-from helpers import (CONTEXT, ppo_config, quietly, reward_config, save_folder, sft_config,
-                     sft_folder, share_of_red, toy_model, toy_tokenizer)
+from helpers import (CONTEXT, limited_file_size, ppo_config, quietly, reward_config, save_folder,
+                     sft_config, sft_folder, share_of_red, toy_model, toy_tokenizer)
 
 from minirlhf import ppo, reward_model, sft
 from minirlhf.checkpoint import read_state
@@ -316,21 +315,9 @@ def test_a_long_run_keeps_its_memory(tmp_path, critic):
 
 # ---- a full disk, a folder that cannot be written ------------------------------------------------
 
-@contextlib.contextmanager
-def disk_of(limit: int):
-    """Inside, no file may grow beyond `limit` bytes, as on a full disk."""
-    resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_metrics_on_a_full_disk_end_in_a_sentence_that_names_the_file(tmp_path):
     metrics = MetricsFile(str(tmp_path), ["step", "loss"])
-    with disk_of(100):
+    with limited_file_size(100):
         with pytest.raises(OSError) as caught:
             for step in range(100):
                 metrics.write({"step": step, "loss": 0.5})
@@ -365,7 +352,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_the_run_goes_on_later(tmp_path, 
     options = {"reward": "test_limits:filling_reward", "iterations": 4, "save_every": 1,
                "out": str(tmp_path / "out")}
     full.update(calls=0, **{"from": 3}, limit=limit)
-    with disk_of(1 << 40):                               # whatever happens, the limit is put back
+    with limited_file_size(1 << 40):                     # whatever happens, the limit is put back
         with pytest.raises(OSError, match=words) as caught:
             quietly(ppo.main, ppo_config(**options))
     assert "free some space" in describe(caught.value)

@@ -1,6 +1,5 @@
 """weights.py: files from strangers, files written whole or not at all, downloads."""
 
-import contextlib
 import functools
 import hashlib
 import http.server
@@ -22,7 +21,7 @@ import zipfile
 import pytest
 import torch
 from fuzzing import FUZZ, MEBIBYTE, Tally, damage, peak_memory, put, reset_peak, write_hole
-from helpers import save_folder, toy_model
+from helpers import limited_file_size, save_folder, toy_model
 
 from minirlhf import weights
 from minirlhf.gpt2 import GPT2, read_config
@@ -756,18 +755,6 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
 
 
-@contextlib.contextmanager
-def limited_file_size(limit: int):
-    """Inside, no file may grow beyond `limit` bytes, as on a full disk."""
-    resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {"w": torch.zeros(10)})
@@ -1088,23 +1075,12 @@ def test_without_a_network_the_error_says_what_to_put_where(tmp_path):
         assert part in message
 
 
-def test_a_part_that_is_a_link_is_not_followed(hub, tmp_path):
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["link", "second name"])
+def test_a_part_that_leads_to_another_file_is_not_written_to(hub, tmp_path, link):
     (tmp_path / "outside").write_bytes(b"mine")
     (tmp_path / "in").mkdir()
     try:
-        os.symlink(tmp_path / "outside", tmp_path / "in" / "config.json.part")
-    except OSError:
-        pytest.skip("this system grants no links")
-    download_published("gpt2", str(tmp_path / "in"), hub.url)
-    assert (tmp_path / "outside").read_bytes() == b"mine"
-    assert contents(tmp_path / "in") == FILES
-
-
-def test_a_part_that_is_a_second_name_of_another_file_is_not_written_to(hub, tmp_path):
-    (tmp_path / "outside").write_bytes(b"mine")
-    (tmp_path / "in").mkdir()
-    try:
-        os.link(tmp_path / "outside", tmp_path / "in" / "config.json.part")
+        link(tmp_path / "outside", tmp_path / "in" / "config.json.part")
     except OSError:
         pytest.skip("this system grants no links")
     download_published("gpt2", str(tmp_path / "in"), hub.url)
