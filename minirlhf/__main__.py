@@ -13,19 +13,32 @@ runs them one after another, compares the three policies on held-out prompts, an
 Lecture: lectures/00-map.md, "Run it".
 """
 
+import bdb
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from minirlhf import ppo, reward_model, sft
-from minirlhf.checkpoint import STATE_FILE
-from minirlhf.common import Stopped, check, check_range, run
-from minirlhf.evaluate import (cell, describe, gold_figures, judge_answers, kl_to_reference,
-                               load_policy, read_prompts, sample_answers, side_by_side, table)
+from minirlhf.engine.options import Stopped, check, check_range, one_sentence, parse_config
+from minirlhf.engine.output import check_output
+from minirlhf.engine.state import STATE_FILE
+from minirlhf.evaluate import (
+    cell,
+    describe,
+    gold_figures,
+    judge_answers,
+    kl_to_reference,
+    load_policy,
+    read_prompts,
+    sample_answers,
+    side_by_side,
+    table,
+)
+from minirlhf.files.disk import read_json, write_atomically, write_json
+from minirlhf.files.records import FIELDS
 from minirlhf.plots import pipeline_picture
 from minirlhf.rewards import load_reward
-from minirlhf.weights import read_json, write_atomically, write_json
 from minirlhf.world import comparisons
 
 
@@ -66,8 +79,13 @@ def command(module: str, cfg) -> str:
     return " ".join(words)
 
 
+STAGES = {"sft": "SFT", "reward_model": "RewardModel", "reward_model_2": "RewardModel",
+          "ppo": "PPO"}                 # folder -> command, as the stage's run.json says it
+WRITTEN = ("comparisons.jsonl", "report.json", "curves.png")
+
+
 class Progress:
-    """Which stages of the pipeline are finished, and how many seconds each took: pipeline.json.
+    """Which stages of the pipeline were begun and finished, and their seconds: pipeline.json.
 
     While that file is there the pipeline is not finished, and the same command goes on with it.
     """
@@ -75,36 +93,36 @@ class Progress:
     def __init__(self, cfg: PipelineConfig, plan: Plan):
         self.path = os.path.join(cfg.out, "pipeline.json")
         self.options = {"base": cfg.base, "seed": cfg.seed, **asdict(plan)}
-        self.resume, self.seconds = os.path.exists(self.path), {}
+        self.resume, self.begun, self.seconds = os.path.exists(self.path), [], {}
         if self.resume:
-            found = read_json(self.path)
-            check(isinstance(found.get("seconds"), dict) and found.get("options") == self.options,
-                  f"{cfg.out} holds a pipeline that is not finished, with the options "
-                  f"{found.get('options')}: go on with those, name another folder by --out, or "
-                  f"delete {self.path}")
-            self.seconds = found["seconds"]
+            saved = read_json(self.path)
+            ok = isinstance(saved.get("seconds"), dict) and isinstance(saved.get("begun"), list)
+            check(ok and saved.get("options") == self.options, f"{cfg.out} holds a pipeline that "
+                  f"is not finished, with the options {saved.get('options')}: go on with those, "
+                  f"name another folder by --out, or delete {self.path}")
+            self.begun, self.seconds = saved["begun"], saved["seconds"]
             print(f"going on with the pipeline in {cfg.out}; finished: "
                   f"{', '.join(self.seconds) or 'no stage'}", flush=True)
         else:
-            for name in ("sft", "reward_model", "reward_model_2", "ppo"):    # now, not at its turn
-                path = os.path.join(cfg.out, name, STATE_FILE)
-                check(not os.path.exists(path), f"{os.path.dirname(path)} holds a run that is not "
-                      f"finished; name another folder by --out, or delete {path}")
+            check_places(cfg)
         self.keep()
-
-    def goes_on(self, name: str, folder: str) -> bool:
-        """Whether a stage was begun by this pipeline; what an earlier one made is made anew."""
-        begun = name in self.seconds or os.path.exists(os.path.join(folder, STATE_FILE))
-        return self.resume and begun
 
     def keep(self) -> None:
         """Write the file."""
-        write_json(self.path, {"options": self.options, "seconds": self.seconds})
+        write_json(self.path, {"options": self.options, "begun": self.begun,
+                               "seconds": self.seconds})
 
-    def start(self, name: str, text: str) -> None:
-        """Print the heading of a stage and start its time."""
+    def start(self, name: str, text: str) -> bool:
+        """Print a stage's heading; whether an earlier start of this pipeline had begun the stage.
+
+        What an earlier pipeline made is made anew.
+        """
         self.name, self.started = name, time.perf_counter()
+        goes_on = name in self.begun
+        self.begun += [] if goes_on else [name]
+        self.keep()
         print(f"\n=== {text}", flush=True)
+        return goes_on
 
     def stop(self) -> None:
         """Note the time since `start`; of a stage that was finished before, the earlier time."""
@@ -113,20 +131,36 @@ class Progress:
         print(f"    ({self.seconds[self.name]:.0f} s)", flush=True)
 
 
+def check_places(cfg: PipelineConfig) -> None:
+    """Refuse now, and not at a stage's turn, an --out in which something would be overwritten."""
+    for name, stage in STAGES.items():
+        folder = os.path.join(cfg.out, name)
+        check_output(folder, stage, cfg.base)
+        path = os.path.join(folder, STATE_FILE)
+        check(not os.path.exists(path), f"{folder} holds a run that is not finished; name another "
+              f"folder by --out, or delete {path}")
+    report = os.path.join(cfg.out, "report.json")
+    ours = os.path.isfile(report) and "plan" in read_json(report)
+    for name in WRITTEN:
+        path = os.path.join(cfg.out, name)
+        check(ours or not os.path.lexists(path), f"{path} is there and no pipeline's; name another "
+              "folder by --out")
+
+
 def train(cfg: PipelineConfig, plan: Plan, progress: Progress) -> tuple[list[str], list[dict]]:
     """Run the three stages; returns the reward models' folders and their last metrics."""
-    out = os.path.join(cfg.out, "sft")
-    sft_cfg = sft.SFTConfig(model=cfg.base, examples=plan.demonstrations, seed=cfg.seed, out=out,
-                            resume=progress.goes_on("sft", out))
-    progress.start("sft", f"1. SFT: {command('sft', sft_cfg)}")
-    sft.main(sft_cfg)
+    sft_cfg = sft.SFTConfig(model=cfg.base, examples=plan.demonstrations, seed=cfg.seed,
+                            out=os.path.join(cfg.out, "sft"))
+    goes_on = progress.start("sft", f"1. SFT: {command('sft', sft_cfg)}")
+    sft.main(replace(sft_cfg, resume=goes_on))
     progress.stop()
 
     path = os.path.join(cfg.out, "comparisons.jsonl")
     progress.start("comparisons", "2a. comparisons: the SFT model answers, the gold judge chooses")
     if "comparisons" not in progress.seconds:
         records = comparisons(plan.comparisons, cfg.seed, sft_cfg.out)
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        lines = [json.dumps({name: record[name] for name in FIELDS["comparisons"]},
+                            ensure_ascii=False) for record in records]
         write_atomically(path, ("\n".join(lines) + "\n").encode("utf-8"))
         first = records[0]
         print(f"{len(records)} comparisons, in {path}; the first: {first['prompt']!r}\n"
@@ -136,22 +170,20 @@ def train(cfg: PipelineConfig, plan: Plan, progress: Progress) -> tuple[list[str
     folders, figures = [], []
     for number in range(1, plan.reward_models + 1):
         name = "reward_model" if number == 1 else f"reward_model_{number}"
-        out = os.path.join(cfg.out, name)
         rm_cfg = reward_model.RewardModelConfig(
             model=sft_cfg.out, data=path, comparisons=plan.comparisons,
-            held_out=plan.comparisons // 10, seed=100 * cfg.seed + number,
-            out=out, resume=progress.goes_on(name, out))
-        progress.start(name, f"2b. reward model: {command('reward_model', rm_cfg)}")
-        figures.append(reward_model.main(rm_cfg))
+            held_out=plan.comparisons // 10, in_order=True, seed=100 * cfg.seed + number,
+            out=os.path.join(cfg.out, name))
+        goes_on = progress.start(name, f"2b. reward model: {command('reward_model', rm_cfg)}")
+        figures.append(reward_model.main(replace(rm_cfg, resume=goes_on)))
         folders.append(rm_cfg.out)
         progress.stop()
 
-    out = os.path.join(cfg.out, "ppo")
     ppo_cfg = ppo.PPOConfig(model=sft_cfg.out, reward=",".join(folders), ensemble="min",
-                            iterations=plan.iterations, seed=cfg.seed, out=out,
-                            resume=progress.goes_on("ppo", out))
-    progress.start("ppo", f"3. PPO: {command('ppo', ppo_cfg)}")
-    ppo.main(ppo_cfg)
+                            iterations=plan.iterations, seed=cfg.seed,
+                            out=os.path.join(cfg.out, "ppo"))
+    goes_on = progress.start("ppo", f"3. PPO: {command('ppo', ppo_cfg)}")
+    ppo.main(replace(ppo_cfg, resume=goes_on))
     progress.stop()
     return folders, figures
 
@@ -162,8 +194,8 @@ def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
                "SFT again": os.path.join(cfg.out, "sft"), "RLHF": os.path.join(cfg.out, "ppo")}
     ref_policy, tokenizer = load_policy(folders["SFT"])
     reward_function = load_reward(",".join(rm_folders), "min", tokenizer)
-    prompts, _ = read_prompts("minirlhf.world:held_out_prompts", plan.prompts, cfg.seed, tokenizer,
-                              ref_policy.config.n_positions - 32)
+    prompts, _ = read_prompts("minirlhf.world:held_out_prompts", tokenizer,
+                              ref_policy.config.n_positions, 32, count=plan.prompts, seed=cfg.seed)
     answers, figures = {}, {}
     for stream, (name, folder) in enumerate(folders.items()):
         policy, _ = load_policy(folder, tokenizer)
@@ -183,10 +215,10 @@ def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
     return {"policies": policies, "samples": samples}
 
 
-def make_report(cfg: PipelineConfig, plan: Plan, found: dict, rm_figures: list[dict],
+def make_report(cfg: PipelineConfig, plan: Plan, compared: dict, rm_figures: list[dict],
                 seconds: dict[str, float]) -> dict:
     """What checkpoints/report.json holds."""
-    policies = found["policies"]
+    policies = compared["policies"]
     short = {"base": "base", "SFT": "sft", "RLHF": "rlhf"}
     report = {"win_rate": policies["RLHF"]["win_rate"],
               "control": policies["SFT again"]["win_rate"]}
@@ -201,7 +233,7 @@ def make_report(cfg: PipelineConfig, plan: Plan, found: dict, rm_figures: list[d
     report["reward_model_accuracy"] = [row["held_out_accuracy"] for row in rm_figures]
     report["reward_model_calibration_error"] = [row["calibration_error"] for row in rm_figures]
     report.update(seconds={**seconds, "total": sum(seconds.values())}, seed=cfg.seed,
-                  quick=cfg.quick, plan=asdict(plan), samples=found["samples"])
+                  quick=cfg.quick, plan=asdict(plan), samples=compared["samples"])
     return report
 
 
@@ -217,25 +249,29 @@ def main(cfg: PipelineConfig) -> dict:
         rm_folders, rm_figures = train(cfg, plan, progress)
     except Stopped as stop:
         raise Stopped("stopped, with a checkpoint; the same command goes on", stop.signal) from None
+    except bdb.BdbQuit:
+        if not progress.resume:
+            os.unlink(progress.path)                     # a tour in the debugger leaves nothing
+        raise
 
     progress.start("evaluation", f"4. evaluation: {plan.prompts} held-out prompts, {plan.answers} "
                 "answers to each from each policy")
-    found = evaluate(cfg, plan, rm_folders)
+    compared = evaluate(cfg, plan, rm_folders)
     picture = os.path.join(cfg.out, "curves.png")
     pipeline_picture(os.path.join(cfg.out, "sft"), rm_folders, os.path.join(cfg.out, "ppo"),
                      picture)
     progress.stop()
 
-    report = make_report(cfg, plan, found, rm_figures, progress.seconds)
+    report = make_report(cfg, plan, compared, rm_figures, progress.seconds)
     path = os.path.join(cfg.out, "report.json")
     write_json(path, report)
     os.unlink(progress.path)
     print("\n=== samples: held-out prompts, gold score in brackets")
-    for sample in found["samples"]:
+    for sample in compared["samples"]:
         print(sample["prompt"].replace("\n", " | "))
         print(f"  SFT  [{sample['score_a']:5.2f}] {sample['a']}")
         print(f"  RLHF [{sample['score_b']:5.2f}] {sample['b']}")
-    print("\n=== result\n" + table(found["policies"]))
+    print("\n=== result\n" + table(compared["policies"]))
     accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in report["reward_model_accuracy"])
     print(f"\nRLHF beats SFT in {cell(report['win_rate'])} of comparisons (gold judge, held-out "
           f"prompts, ties half, 95 % interval);\nSFT against itself: {cell(report['control'])}. "
@@ -246,4 +282,5 @@ def main(cfg: PipelineConfig) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, PipelineConfig)
+    with one_sentence():
+        main(parse_config(PipelineConfig))

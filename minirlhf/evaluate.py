@@ -14,11 +14,11 @@ prompts again and again with replacement (the bootstrap). As a control, a second
 answers of a meets the first: that gives 0.5 but for sampling noise.
 
 Choices:
- 1. Several answers a prompt: with one, a lucky sample of a moves the win rate of everything that is
-    compared with it, and the interval over prompts does not see that.
+ 1. Several answers per prompt: with one, a lucky sample of a moves the win rate of every policy
+    that is compared with it, and the interval over prompts does not see that.
  2. Beside the win rate stand the shares of answers that answered and that were fully right, for
     each kind of held-out prompt: a policy can win by manners alone.
- 3. kl_ref is the k1 estimate on the policy's own answers, summed over an answer: nats an answer.
+ 3. kl_ref is the k1 estimate on the policy's own answers, summed over an answer: nats per answer.
 
 Shapes: P prompts, K answers to each; B sequences, T tokens in the padded row.
 Lecture: lectures/03-ppo.md, "Did it get better?".
@@ -28,16 +28,24 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
-from minirlhf.common import check, check_choice, check_range, random_stream, run
-from minirlhf.data import Tokenizer, encode_prompt, fit_rows, pad, read_records, response_mask
-from minirlhf.gpt2 import GPT2, check_tokenizer, find_folder, generate, token_logprobs
-from minirlhf.person import judge_by_person, make_questions, shown
-from minirlhf.rewards import load_reward
-from minirlhf.weights import write_json
+from minirlhf.data import Prompt, pad, read_prompts, response_mask
+from minirlhf.engine.fields import Count, Natural, check_fields
+from minirlhf.engine.options import check, one_sentence, parse_config
+from minirlhf.engine.output import result_folder
+from minirlhf.engine.training import random_stream
+from minirlhf.files.disk import write_json
+from minirlhf.files.hub import find_folder
+from minirlhf.files.pretrained import load_network
+from minirlhf.generate import generate
+from minirlhf.gpt2 import GPT2, token_logprobs
+from minirlhf.people.verdicts import judge_by_person, make_questions, shown
+from minirlhf.rewards import load_reward, try_once
+from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.world import judge
 
 RESAMPLES = 2000                        # of the bootstrap
@@ -51,22 +59,18 @@ class EvaluateConfig:
     b: str = "checkpoints/ppo"          # policy folder whose win rate over a is asked for
     ref: str = "checkpoints/sft"        # folder of the reference of kl_ref; "": no kl_ref
     prompts: str = "minirlhf.world:held_out_prompts"    # .jsonl file, or module:function
-    prompt_count: int = 400             # prompts to use; 0: all that the file has
+    prompt_count: Natural = 400         # prompts to use; 0: all that the file has
     judge: str = "gold"                 # gold, person, reward-model folders, or module:function
-    ensemble: str = "mean"              # how reward models agree: mean, or min (pessimistic)
-    answers: int = 4                    # K, drawn to each prompt; a person sees one of each policy
-    max_new_tokens: int = 32            # longest response, tokens
-    batch_size: int = 256               # rows at a time; lower it for long prompts, large models
-    samples: int = 4                    # prompts shown with both answers
+    ensemble: Literal["mean", "min"] = "mean"    # how several reward models vote
+    answers: Count = 4                  # K, drawn to each prompt; a person sees one of each policy
+    max_new_tokens: Count = 32          # longest response, tokens
+    batch_size: Count = 256             # rows at a time; lower it for long prompts, large models
+    samples: Natural = 4                # prompts shown with both answers
     out: str = ""                       # folder for evaluation.json, human.jsonl; "": no files
-    seed: int = 0                       # of prompts, answers, bootstrap and the person's order
+    seed: Natural = 0                   # of prompts, answers, bootstrap and the person's order
 
     def __post_init__(self):
-        check_choice(self, "ensemble", ("mean", "min"))
-        for name in ("answers", "max_new_tokens", "batch_size"):
-            check_range(self, name, 1, 10**6)
-        for name in ("prompt_count", "samples", "seed"):
-            check_range(self, name, 0, 10**9)
+        check_fields(self)
         check(self.judge != "person" or bool(self.out),
               "--judge person needs --out FOLDER, where each verdict is kept at once")
 
@@ -113,17 +117,6 @@ def interval(values: np.ndarray, seed: int = 0) -> dict[str, float]:
 # ---- collecting ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Prompt:
-    """One held-out prompt."""
-    text: str                           # templated
-    kind: str                           # "entity", "combination", or "" where there are no kinds
-    ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
 class Answers:
     """K responses of one policy to each of P prompts."""
     prompts: list[Prompt]               # P
@@ -136,26 +129,11 @@ class Answers:
 def load_policy(folder: str, tokenizer: Tokenizer | None = None) -> tuple[GPT2, Tokenizer]:
     """A policy and its tokenizer, which must be `tokenizer` where one is given."""
     folder = find_folder(folder)
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        raise FileNotFoundError(f"{folder}: expected a checkpoint folder, found no config.json; "
-                                "make one with python -m minirlhf.sft, then minirlhf.ppo")
-    policy, own = GPT2.from_pretrained(folder), Tokenizer.load(folder)
-    check_tokenizer(policy, own, folder)
-    check(tokenizer is None or own.merges == tokenizer.merges, f"{folder}: expected the vocabulary "
+    policy = load_network(GPT2, folder)
+    own = load_tokenizer(folder, policy)
+    check(tokenizer is None or own == tokenizer, f"{folder}: expected the vocabulary "
           "of the policy it is compared with, found another; compare policies of one base model")
     return policy.requires_grad_(False), own
-
-
-def read_prompts(source: str, count: int, seed: int, tokenizer: Tokenizer,
-                 longest: int) -> tuple[list[Prompt], int]:
-    """Prompts of at most `longest` tokens, and how many longer ones were dropped."""
-    records = read_records(source, "all", count=count, seed=seed)
-    rows = [Prompt(record["prompt"], str(record.get("kind", "")),
-                   encode_prompt(tokenizer, record["prompt"])) for record in records]
-    kept, too_long = fit_rows(rows, longest)
-    check(len(kept) > 0, f"{source}: expected prompts of at most {longest} tokens, to leave room "
-          f"for a response, found {too_long} longer ones; lower --max_new_tokens")
-    return kept, too_long
 
 
 def sample_answers(policy: GPT2, tokenizer: Tokenizer, prompts: list[Prompt], answers: int, *,
@@ -187,13 +165,6 @@ def sample_answers(policy: GPT2, tokenizer: Tokenizer, prompts: list[Prompt], an
     return Answers(prompts, responses, texts, lengths, ended)
 
 
-def answers_of(folder: str, tokenizer: Tokenizer, prompts: list[Prompt], answers: int,
-               **options) -> Answers:
-    """`sample_answers` of the policy in `folder`; options as there."""
-    policy, _ = load_policy(folder, tokenizer)
-    return sample_answers(policy, tokenizer, prompts, answers, **options)
-
-
 # ---- figures: one number for each answer, (P, K) -------------------------------------------------
 
 def batches(answers: Answers, fill: int) -> Iterator[tuple]:
@@ -214,21 +185,21 @@ def judge_answers(answers: Answers, reward_function, tokenizer: Tokenizer) -> np
     scores = np.empty(answers.lengths.size)                                         # (P*K,)
     for rows, ids, prompt_lengths, lengths in batches(answers, tokenizer.end_token):
         with torch.no_grad():
-            found = torch.as_tensor(reward_function(ids, prompt_lengths, lengths, tokenizer))
-        ok = found.shape == (len(rows),) and bool(torch.isfinite(found).all())
-        check(ok, f"expected {len(rows)} finite scores from the judge, found shape "
-              f"{tuple(found.shape)} and values such as {found.flatten()[:3].tolist()}")
-        scores[rows] = found.double().numpy()
+            some = reward_function(ids, prompt_lengths, lengths, tokenizer)         # (B,)
+        check(some.shape == (len(rows),) and bool(torch.isfinite(some).all()), f"expected "
+              f"{len(rows)} finite scores from the judge, found shape {tuple(some.shape)} and "
+              f"values such as {some.flatten()[:3].tolist()}")
+        scores[rows] = some.double().numpy()
     return scores.reshape(answers.lengths.shape)
 
 
 def gold_figures(answers: Answers) -> dict[str, np.ndarray]:
     """What the gold judge of the text world says: gold, answered and fully_right, (P, K) each."""
-    found = [[judge(prompt.text, text, bool(end)) for text, end in zip(texts, ends)]
+    verdicts = [[judge(prompt.text, text, bool(end)) for text, end in zip(texts, ends)]
              for prompt, texts, ends in zip(answers.prompts, answers.texts, answers.ended)]
-    return {"gold": np.array([[one.score for one in row] for row in found]),
-            "answered": np.array([[float(one.answered) for one in row] for row in found]),
-            "fully_right": np.array([[float(one.right) for one in row] for row in found])}
+    return {"gold": np.array([[one.score for one in row] for row in verdicts]),
+            "answered": np.array([[float(one.answered) for one in row] for row in verdicts]),
+            "fully_right": np.array([[float(one.right) for one in row] for row in verdicts])}
 
 
 def kl_to_reference(policy: GPT2, ref_policy: GPT2, answers: Answers) -> np.ndarray:
@@ -263,14 +234,14 @@ def describe(answers: Answers, figures: dict[str, np.ndarray], *, seed: int = 0,
     reports = {}
     for kind, chosen in parts.items():
         texts = [text for p in np.flatnonzero(chosen) for text in answers.texts[p]]
-        found = {name: float(values[chosen].mean()) for name, values in figures.items()}
-        found["length"] = float(answers.lengths[chosen].mean())
-        found["distinct"] = len(set(texts)) / len(texts)
-        found["end_rate"] = float(answers.ended[chosen].mean())
+        means = {name: float(values[chosen].mean()) for name, values in figures.items()}
+        means["length"] = float(answers.lengths[chosen].mean())
+        means["distinct"] = len(set(texts)) / len(texts)
+        means["end_rate"] = float(answers.ended[chosen].mean())
         if against is not None:
             rates = win_rate(against[judged_by], figures[judged_by])                # (P,)
-            found["win_rate"] = interval(rates[chosen], seed)
-        reports[kind] = found
+            means["win_rate"] = interval(rates[chosen], seed)
+        reports[kind] = means
     result = reports.pop("")
     return {**result, "by_kind": reports} if reports else result
 
@@ -282,15 +253,15 @@ COLUMNS = ("gold", "score", "answered", "fully_right", "kl_ref", "length", "dist
 def table(policies: dict[str, dict]) -> str:
     """What `describe` gave for each named policy, as text, with a line for each kind of prompt."""
     rows = []
-    for name, found in policies.items():
-        rows.append((name, found))
-        rows += [(f"  {kind}", part) for kind, part in found.get("by_kind", {}).items()]
-    columns = [column for column in COLUMNS if any(column in found for _, found in rows)]
+    for name, report in policies.items():
+        rows.append((name, report))
+        rows += [(f"  {kind}", part) for kind, part in report.get("by_kind", {}).items()]
+    columns = [column for column in COLUMNS if any(column in report for _, report in rows)]
     widths = [19 if column == "win_rate" else max(8, len(column) + 2) for column in columns]
     first = max(len(name) for name, _ in rows)
     lines = [" " * first + "".join(f"{column:>{w}}" for column, w in zip(columns, widths))]
-    for name, found in rows:
-        cells = [f"{cell(found.get(column)):>{w}}" for column, w in zip(columns, widths)]
+    for name, report in rows:
+        cells = [f"{cell(report.get(column)):>{w}}" for column, w in zip(columns, widths)]
         lines.append(f"{name:{first}}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -314,11 +285,10 @@ def side_by_side(a: Answers, b: Answers, scores_a: np.ndarray, scores_b: np.ndar
 # ---- main ----------------------------------------------------------------------------------------
 
 def compare(cfg: EvaluateConfig, policies: dict[str, GPT2], tokenizer: Tokenizer,
-            prompts: list[Prompt]) -> dict:
+            prompts: list[Prompt], reward_function) -> dict:
     """Sample a, a again and b once, judge and describe them; policies: "a", "b", maybe "ref"."""
-    gold = cfg.judge == "gold"
+    gold = reward_function is None
     judged_by = "gold" if gold else "score"
-    reward_function = None if gold else load_reward(cfg.judge, cfg.ensemble, tokenizer)
     for prompt in prompts if gold else []:
         judge(prompt.text, "")                           # refuses other prompts before the sampling
     answers, figures, result = {}, {}, {}
@@ -327,13 +297,13 @@ def compare(cfg: EvaluateConfig, policies: dict[str, GPT2], tokenizer: Tokenizer
         drawn = sample_answers(policy, tokenizer, prompts, cfg.answers, batch_size=cfg.batch_size,
                                max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, stream=stream)
         if gold:
-            found = gold_figures(drawn)
+            measured = gold_figures(drawn)
         else:
-            found = {"score": judge_answers(drawn, reward_function, tokenizer)}
+            measured = {"score": judge_answers(drawn, reward_function, tokenizer)}
         if "ref" in policies:
-            found["kl_ref"] = kl_to_reference(policy, policies["ref"], drawn)
-        answers[name], figures[name] = drawn, found
-        result[name] = describe(drawn, found, seed=cfg.seed, judged_by=judged_by,
+            measured["kl_ref"] = kl_to_reference(policy, policies["ref"], drawn)
+        answers[name], figures[name] = drawn, measured
+        result[name] = describe(drawn, measured, seed=cfg.seed, judged_by=judged_by,
                                 against=None if name == "a" else figures["a"])
         print(f"  {name}: {drawn.lengths.size} answers in {time.perf_counter() - started:.1f} s",
               flush=True)
@@ -380,18 +350,26 @@ def main(cfg: EvaluateConfig) -> dict:
     policies = {"a": policy_a, "b": load_policy(cfg.b, tokenizer)[0]}
     if cfg.ref:
         policies["ref"] = load_policy(cfg.ref, tokenizer)[0]
-    context = min(policy.config.n_positions for policy in policies.values())
-    prompts, too_long = read_prompts(cfg.prompts, cfg.prompt_count, cfg.seed, tokenizer,
-                                     context - cfg.max_new_tokens)
-    print(f"{len(prompts)} prompts ({too_long} that leave no room for {cfg.max_new_tokens} new "
-          f"tokens in the context of {context} dropped), judge {cfg.judge}", flush=True)
-    compare_function = compare_by_person if cfg.judge == "person" else compare
-    found = compare_function(cfg, policies, tokenizer, prompts)
-    result = {"prompts": len(prompts), "too_long": too_long, **found, "config": asdict(cfg)}
-    if cfg.out:
-        write_json(os.path.join(cfg.out, "evaluation.json"), result)
+    reward_function = None
+    if cfg.judge not in ("gold", "person"):
+        reward_function = load_reward(cfg.judge, cfg.ensemble, tokenizer, option="--judge")
+    networks = [*policies.values(), *getattr(reward_function, "models", [])]
+    context = min(network.config.n_positions for network in networks)
+    prompts, too_long = read_prompts(cfg.prompts, tokenizer, context, cfg.max_new_tokens,
+                                     count=cfg.prompt_count, seed=cfg.seed)
+    print(f"judge: {cfg.judge}", flush=True)
+    try_once(prompts[0].ids, tokenizer, reward_function)
+    with result_folder(cfg.out):
+        if cfg.judge == "person":
+            result = compare_by_person(cfg, policies, tokenizer, prompts)
+        else:
+            result = compare(cfg, policies, tokenizer, prompts, reward_function)
+        result = {"prompts": len(prompts), "too_long": too_long, **result, "config": asdict(cfg)}
+        if cfg.out:
+            write_json(os.path.join(cfg.out, "evaluation.json"), result)
     return result
 
 
 if __name__ == "__main__":
-    run(main, EvaluateConfig)
+    with one_sentence():
+        main(parse_config(EvaluateConfig))

@@ -22,8 +22,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from minirlhf.common import check, read_metrics, run
-from minirlhf.weights import write_atomically
+from minirlhf.engine.metrics import read_metrics
+from minirlhf.engine.options import check, one_sentence, parse_config, split_folders
+from minirlhf.files.disk import write_atomically
 
 # Colours that stay apart for colour-blind readers: Okabe and Ito 2008, "Color Universal Design".
 BLUE, ORANGE, GREEN, PURPLE, LIGHT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#BFD9EA"
@@ -85,7 +86,7 @@ def read_columns(folder: str, needed: tuple) -> list[dict[str, float]]:
 
 def curve(rows: list[dict], x: str, y: str, label: str, colour: str, style: str = "-") -> Curve:
     """Column `y` against column `x`, from the rows that have it."""
-    kept = [row for row in rows if y in row]
+    kept = [row for row in rows if x in row and y in row]
     return Curve(label, [row[x] for row in kept], [row[y] for row in kept], colour, style)
 
 
@@ -101,7 +102,7 @@ def sft_panels(folder: str) -> list[Panel]:
     batches = curve(rows, "step", "loss", "batches", LIGHT)
     trend = Curve("batches, mean of 20", batches.x, smooth(batches.y, 20), BLUE)
     held_out = curve(rows, "step", "held_out_loss", "held out", ORANGE)
-    return [Panel("SFT: loss of the demonstrations", "step", "nats a token",
+    return [Panel("SFT: loss of the demonstrations", "step", "nats per token",
                   [batches, trend, held_out])]
 
 
@@ -130,10 +131,10 @@ def ppo_panels(folder: str) -> list[Panel]:
         points.append(curve(rows, x, "gold", "gold, what we want", ORANGE))
     lowest = min(row.get("explained_var", 0.0) for row in rows)
     return [
-        Panel("Score and gold", x, "points a response", points),
-        Panel("KL from the reference (kl_ref)", x, "nats a response",
+        Panel("Score and gold", x, "points per response", points),
+        Panel("KL from the reference (kl_ref)", x, "nats per response",
               [curve(rows, x, "kl_ref", "kl_ref", BLUE)]),
-        Panel("Variety: entropy of the policy", x, "nats a token",
+        Panel("Variety: entropy of the policy", x, "nats per token",
               [curve(rows, x, "entropy", "entropy", BLUE)], y_limits=(0, None)),
         Panel("Critic: explained_var (1 is perfect)", x, "share of variance",
               [curve(rows, x, "explained_var", "explained_var", BLUE)],
@@ -142,7 +143,7 @@ def ppo_panels(folder: str) -> list[Panel]:
               [curve(rows, x, "response_len", "response_len", BLUE)],
               curve(rows, x, "end_rate", "end_rate", ORANGE, "--"), "end_rate, share of responses",
               y_limits=(0, None), right_limits=(0, 1.05)),
-        Panel("Size of one update", x, "kl_old, nats a token",
+        Panel("Size of one update", x, "kl_old, nats per token",
               [curve(rows, x, "kl_old", "kl_old", BLUE)],
               curve(rows, x, "clipfrac", "clipfrac", ORANGE, "--"), "clipfrac, share of tokens",
               y_limits=(0, None))]
@@ -190,7 +191,7 @@ def draw(axes: Axes, panel: Panel) -> None:
 
 
 def write_picture(rows: list[list[Panel]], path: str) -> None:
-    """Draw rows of up to three panels, 1200 pixels wide and 340 a row, and write them as a PNG."""
+    """Draw rows of up to three panels, 1200 pixels wide, 340 per row, and write them as a PNG."""
     figure = Figure(figsize=(12, 3.4 * len(rows)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)                              # draws without a screen
     for i, panels in enumerate(rows):
@@ -217,11 +218,12 @@ def pipeline_picture(sft_folder: str, reward_folders: list[str], ppo_folder: str
 
 def main(cfg: PlotsConfig) -> str:
     """Write the picture; returns its path."""
-    reward_folders = [name for name in cfg.reward_models.split(",") if name]
+    reward_folders = [name for name in split_folders(cfg.reward_models) if name]
     pipeline_picture(cfg.sft, reward_folders, cfg.ppo, cfg.out)
     print(f"wrote {cfg.out}")
     return cfg.out
 
 
 if __name__ == "__main__":
-    run(main, PlotsConfig)
+    with one_sentence():
+        main(parse_config(PlotsConfig))

@@ -1,6 +1,6 @@
 """Pretrain a small GPT-2 and its BPE from scratch: the base model that the three stages start from.
 
-    python -m minirlhf.pretrain                          # rebuilds checkpoints/tiny from its seed
+    python -m minirlhf.pretrain                          # makes the shipped base anew, elsewhere
     python -m minirlhf.pretrain --text book.txt --out checkpoints/book
     python -m minirlhf.pretrain --tokenizer gpt2 --steps 0 --context 512 --out checkpoints/random
 
@@ -22,16 +22,24 @@ Shapes: B windows, T tokens.   Lecture: lectures/00-map.md, "The base model".
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf.common import (MetricsFile, check, check_choice, check_finite, check_range,
-                             learning_rate, random_stream, run)
-from minirlhf.data import Tokenizer, load_function, train_bpe
-from minirlhf.gpt2 import GPT2, GPT2Config, generate
+from minirlhf.engine.fields import Count, Natural, Rate, Seed, check_fields
+from minirlhf.engine.functions import load_function
+from minirlhf.engine.metrics import MetricsFile
+from minirlhf.engine.options import check, check_range, one_sentence, parse_config
+from minirlhf.engine.output import RUN_FILE, check_output, command_of
+from minirlhf.engine.training import check_finite, learning_rate, random_stream
+from minirlhf.files.disk import open_regular, write_json
+from minirlhf.files.pretrained import save_folder
+from minirlhf.generate import generate
+from minirlhf.gpt2 import GPT2, GPT2Config
+from minirlhf.tokenizer import Tokenizer, train_bpe
 
 
 @dataclass(frozen=True)
@@ -40,37 +48,28 @@ class PretrainConfig:
     text: str = ""                      # text file, a blank line between documents; "": the world
     corpus: str = "minirlhf.world:corpus"    # module:function that yields documents, without --text
     characters: int = 60_000_000        # size of the corpus that the function is asked for
-    out: str = "checkpoints/tiny"       # folder to write
-    tokenizer: str = ""                 # gpt2: GPT-2's own BPE instead of training one on the text
+    out: str = "checkpoints/base"       # folder to write
+    replace: bool = False               # write into --out even if it holds something else
+    tokenizer: Literal["", "gpt2"] = ""    # gpt2: GPT-2's own BPE; "": learned from the text
     vocab_size: int = 2048              # tokens of the BPE that is trained, <|endoftext|> included
-    n_embd: int = 96                    # channels C
-    n_layer: int = 4                    # layers
-    n_head: int = 3                     # attention heads
+    n_embd: Count = 96                  # channels C
+    n_layer: Count = 4                  # layers
+    n_head: Count = 3                   # attention heads
     context: int = 64                   # longest sequence, tokens
-    steps: int = 18_000                 # optimiser steps; 0: save the random weights
-    batch_size: int = 32                # windows a step
-    lr: float = 3e-3                    # peak learning rate
-    weight_decay: float = 0.1           # AdamW's, on matrices only
-    warmup_steps: int = 200             # steps of linear warm-up
-    save_every: int = 1000              # steps between checkpoints and lines of progress
-    threads: int = 0                    # CPU threads; 0: torch's default
-    seed: int = 1                       # of the corpus, the weights and the windows
+    steps: Natural = 18_000             # optimiser steps; 0: save the random weights
+    batch_size: Count = 32              # windows per step
+    lr: Rate = 3e-3                     # peak learning rate
+    weight_decay: Rate = 0.1            # AdamW's, on matrices only
+    warmup_steps: Natural = 200         # steps of linear warm-up
+    save_every: Count = 1000            # steps between checkpoints and lines of progress
+    threads: Natural = 0                # CPU threads; 0: torch's default
+    seed: Seed = 1                      # of the corpus, the weights and the windows
 
     def __post_init__(self):
+        check_fields(self)
         check_range(self, "characters", 10_000, 10**10)
         check_range(self, "vocab_size", 257, 100_000)
-        check_choice(self, "tokenizer", ("", "gpt2"))
-        for name in ("n_embd", "n_layer", "n_head", "batch_size", "save_every"):
-            check_range(self, name, 1, 10**9)
-        check_range(self, "steps", 0, 10**9)
         check_range(self, "context", 8, 100_000)
-        check_range(self, "lr", 0, 10)
-        check_range(self, "weight_decay", 0, 10)
-        check_range(self, "warmup_steps", 0, 10**9)
-        check_range(self, "threads", 0, 1024)
-        default = os.path.normpath(self.out) == os.path.normpath("checkpoints/tiny")
-        check(not (self.text and default), "--text with --out checkpoints/tiny would replace the "
-              "shipped base model; name another folder by --out")
 
 
 # ---- the text as one stream of tokens ------------------------------------------------------------
@@ -79,11 +78,12 @@ def read_documents(cfg: PretrainConfig) -> list[str]:
     """The documents to learn from: of the text file, or of the corpus function."""
     if not cfg.text:
         return list(load_function(cfg.corpus)(cfg.characters, cfg.seed))
-    with open(cfg.text, encoding="utf-8") as file:
+    with open_regular(cfg.text) as file:
         try:
-            documents = [block.strip() for block in file.read().split("\n\n")]
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{cfg.text}: not UTF-8 text at byte {error.start}") from None
+    documents = [block.strip() for block in text.split("\n\n")]
     documents = [document for document in documents if document]
     check(len(documents) >= 20, f"{cfg.text}: {len(documents)} documents separated by blank lines, "
           "expected at least 20")
@@ -133,11 +133,11 @@ def make_optimizer(model: GPT2, cfg: PretrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), fused=True)
 
 
-def save(model: GPT2, tokenizer: Tokenizer, folder: str) -> None:
-    """Write tokenizer and weights (float16) into `folder`."""
-    os.makedirs(folder, exist_ok=True)
-    tokenizer.save(folder, model.config.n_positions)
-    model.save_pretrained(folder, dtype=torch.float16)
+def save(model: GPT2, tokenizer: Tokenizer, cfg: PretrainConfig, row: dict) -> None:
+    """Write tokenizer, weights (float16) and run.json into the folder."""
+    run = {"command": command_of(cfg), "finished": True, "config": asdict(cfg), "row": row}
+    save_folder(model, tokenizer, cfg.out, run, dtype=torch.float16)
+    write_json(os.path.join(cfg.out, RUN_FILE), run)
 
 
 def train(model: GPT2, tokenizer: Tokenizer, documents: list[str], cfg: PretrainConfig,
@@ -164,7 +164,7 @@ def train(model: GPT2, tokenizer: Tokenizer, documents: list[str], cfg: Pretrain
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = next_token_loss(model, windows)
-        check_finite("loss", loss.detach(), f"step {step}")
+        check_finite(f"step {step}", loss=loss)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -177,7 +177,7 @@ def train(model: GPT2, tokenizer: Tokenizer, documents: list[str], cfg: Pretrain
             row = {"step": step + 1, "loss": total / steps, "held_out_loss": held_out_loss,
                    "lr": lr, "seconds": time.perf_counter() - started}
             metrics.write(row)
-            save(model, tokenizer, cfg.out)
+            save(model, tokenizer, cfg, row)
             total = 0.0
             text = generate(model, [[tokenizer.end_token]], min(40, cfg.context - 1),
                             end_token=tokenizer.end_token, generator=random_stream(0, step))
@@ -193,6 +193,8 @@ def main(cfg: PretrainConfig) -> dict:
     """Train and save; return the last row of metrics (empty if `steps` is 0)."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if not cfg.replace:
+        check_output(cfg.out, "Pretrain")
     needs_text = cfg.steps > 0 or not cfg.tokenizer
     documents = read_documents(cfg) if needs_text else []
     started = time.perf_counter()
@@ -200,7 +202,7 @@ def main(cfg: PretrainConfig) -> dict:
     torch.manual_seed(cfg.seed)
     model = GPT2(GPT2Config(tokenizer.vocab_size, cfg.context, cfg.n_embd, cfg.n_layer, cfg.n_head))
     if cfg.steps == 0:
-        save(model, tokenizer, cfg.out)
+        save(model, tokenizer, cfg, {})
         print(f"{cfg.out}: random weights, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M "
               f"parameters, {tokenizer.vocab_size} tokens")
         return {}
@@ -208,4 +210,5 @@ def main(cfg: PretrainConfig) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, PretrainConfig)
+    with one_sentence():
+        main(parse_config(PretrainConfig))

@@ -14,31 +14,36 @@ matter to it, so at the end scores are shifted and scaled to mean 0 and deviatio
 the SFT model: the coefficient of the KL penalty in stage 3 then has a known scale to work against.
 
 Choices and deviations:
- 1. One epoch: a second one learns the comparisons by heart (so says InstructGPT, appendix C.2).
- 2. Comparisons are split into training and held-out by prompt; several of one prompt stay together.
+ 1. One epoch, as in InstructGPT (appendix C.2), which saw its reward models overfit with more.
+ 2. Training and held-out comparisons share no prompt; of a file, the latter are drawn by seed.
  3. Shift and scale are folded into the weights of the head and of the last layer norm, so the saved
     file itself gives the normalised scores, in any program that loads it.
  4. Calibration is measured: when the model says 70 %, are 70 of 100 such choices right?
- 5. Another `--seed` gives another member of an ensemble: other head, other order.
- 6. Comparisons are shuffled one by one. InstructGPT keeps all comparisons of a prompt in one batch,
-    because a response that returns in several batches is learned by heart sooner.
+ 5. Another `--seed` gives another member of an ensemble: other head, other order, of a file other
+    held-out prompts. Comparisons are shuffled one by one; InstructGPT keeps a prompt's together.
 
 Shapes: B comparisons, T tokens in the padded row, C channels.
 Lecture: lectures/02-reward-model.md.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from minirlhf import parallel
-from minirlhf.checkpoint import RunFolder, check_run_options, fingerprint
-from minirlhf.common import (batch_order, check, check_finite, check_output, check_range,
-                             clip_gradients, learning_rate, random_stream, run)
-from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records)
-from minirlhf.gpt2 import GPT2, ScalarModel, check_tokenizer, find_folder, generate
+from minirlhf.data import encode_prompt, encode_response, fit_rows, mix, pad, records
+from minirlhf.engine import parallel, training
+from minirlhf.engine.fields import Count, Device, Natural, Positive, Precision, Rate, Seed
+from minirlhf.engine.options import check, one_sentence, parse_config
+from minirlhf.engine.run_folder import RunFolder, begin, check_run_options
+from minirlhf.engine.state import fingerprint
+from minirlhf.engine.training import random_stream
+from minirlhf.files.pretrained import load_network
+from minirlhf.generate import generate
+from minirlhf.gpt2 import GPT2, ScalarModel
+from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,43 +51,37 @@ class RewardModelConfig:
     """Options of `python -m minirlhf.reward_model`."""
     model: str = "checkpoints/sft"      # SFT folder: start of the trunk, writer of the samples
     data: str = "minirlhf.world:comparisons"    # .jsonl file, or module:function giving records
-    comparisons: int = 8000             # comparisons to use; 0: all that the file has
-    held_out: int = 800                 # about as many of them, whole prompts, are kept for testing
+    comparisons: Natural = 8000         # comparisons to use; 0: all that the file has
+    held_out: Count = 800               # about as many of them, whole prompts, are kept for testing
+    in_order: bool = False              # hold out a file's last prompts, not some drawn by seed
     out: str = "checkpoints/reward_model"    # folder to write
-    epochs: int = 1                     # passes over the comparisons; a second one overfits
-    batch_size: int = 32                # comparisons a step
-    lr: float = 1e-3                    # peak learning rate; for GPT-2 124M rather 1e-5
-    warmup_steps: int = 10              # steps of linear warm-up, then linear down to 0
-    weight_decay: float = 0.01          # AdamW's
-    max_grad_norm: float = 1.0          # gradients are clipped to this norm
-    max_new_tokens: int = 32            # longest of the responses for normalisation, tokens
-    norm_samples: int = 256             # SFT responses on which scores get mean 0 and deviation 1
-    accumulation: int = 1               # parts that a step's batch is cut into, to save memory
+    epochs: Count = 1                   # passes over the comparisons (1 in InstructGPT)
+    batch_size: Count = 32              # comparisons per step
+    lr: Rate = 1e-3                     # peak learning rate; for GPT-2 124M rather 1e-5
+    warmup_steps: Natural = 10          # steps of linear warm-up, then linear down to 0
+    weight_decay: Rate = 0.01           # AdamW's
+    max_grad_norm: Positive = 1.0       # gradients are clipped to this norm
+    max_new_tokens: Count = 32          # longest of the responses for normalisation, tokens
+    norm_samples: Count = 256           # SFT responses on which scores get mean 0 and deviation 1
+    accumulation: Count = 1             # parts that a step's batch is cut into, to save memory
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: str = "float32"              # of matrix products: float32, bfloat16
-    device: str = "cpu"                 # cpu, cuda, mps
-    eval_every: int = 50                # steps between held-out accuracies
-    save_every: int = 50                # steps between checkpoints
+    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
+    device: Device = "cpu"              # cpu, cuda, mps
+    eval_every: Count = 50              # steps between held-out accuracies
+    save_every: Count = 50              # steps between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out
-    seed: int = 0                       # of data, head, order and samples
+    seed: Seed = 0                      # of data, head, order and samples
 
     def __post_init__(self):
         check_run_options(self)
-        for name in ("held_out", "epochs", "batch_size", "max_new_tokens", "eval_every"):
-            check_range(self, name, 1, 10**9)
-        check_range(self, "norm_samples", 2, 10**6)
-        check_range(self, "comparisons", 0, 10**9)
-        check_range(self, "lr", 0, 10)
-        check_range(self, "warmup_steps", 0, 10**9)
-        check_range(self, "weight_decay", 0, 10)
-        check_range(self, "max_grad_norm", 1e-9, 1e9)
+        check(self.norm_samples >= 2, f"--norm_samples is {self.norm_samples}, expected at least 2")
 
 
 # ---- the mathematics -----------------------------------------------------------------------------
 
 def bradley_terry_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor,
                        count: int | None = None) -> torch.Tensor:
-    """Mean of -log sigmoid(chosen - rejected) over the comparisons: nats a comparison.
+    """Mean of -log sigmoid(chosen - rejected) over the comparisons: nats per comparison.
 
     chosen_scores, rejected_scores (B,) -> (). `count` is the number of comparisons in the whole
     step when these are a part of it: the parts' losses add up to the step's. Equal scores give
@@ -134,12 +133,12 @@ class Comparison:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def collect(cfg: RewardModelConfig, tokenizer: Tokenizer, limit: int) -> list[Comparison]:
+def collect(cfg: RewardModelConfig, folder: str, tokenizer: Tokenizer,
+            limit: int) -> list[Comparison]:
     """Read, tokenize and bound the comparisons; what does not fit is dropped and counted."""
-    records = read_records(cfg.data, "comparisons", count=cfg.comparisons, seed=cfg.seed,
-                           model=find_folder(cfg.model))
     rows = []
-    for record in records:
+    for record in records(cfg.data, "comparisons", count=cfg.comparisons, seed=cfg.seed,
+                          model=folder):
         rows.append(Comparison(encode_prompt(tokenizer, record["prompt"]),
                                encode_response(tokenizer, record["chosen"]),
                                encode_response(tokenizer, record["rejected"])))
@@ -153,15 +152,12 @@ def split_by_prompt(rows: list[Comparison], held_out: int):
 
     Prompts go to the held-out side, last ones first, until it has `held_out` comparisons.
     """
+    sizes = Counter(tuple(row.prompt) for row in rows)
     test_prompts, count = set(), 0
-    sizes: dict[tuple, int] = {}
-    for row in rows:
-        sizes[tuple(row.prompt)] = sizes.get(tuple(row.prompt), 0) + 1
     for prompt in reversed(sizes):
-        if count >= held_out:
-            break
-        test_prompts.add(prompt)
-        count += sizes[prompt]
+        if count < held_out:
+            test_prompts.add(prompt)
+            count += sizes[prompt]
     train = [row for row in rows if tuple(row.prompt) not in test_prompts]
     test = [row for row in rows if tuple(row.prompt) in test_prompts]
     check(len(train) > 0, f"{len(rows)} comparisons of {len(sizes)} prompts leave none to train on "
@@ -171,50 +167,44 @@ def split_by_prompt(rows: list[Comparison], held_out: int):
 
 # ---- one step, evaluation, normalisation ---------------------------------------------------------
 
+METRICS = ["step", "loss", "accuracy", "held_out_loss", "held_out_accuracy", "calibration_error",
+           "grad_norm", "lr"]
+
+
 def score_pairs(model: ScalarModel, rows: list[Comparison], end_token: int):
     """Scores of the chosen and of the rejected responses, (B,) each, in one forward pass."""
     texts = [row.prompt + row.chosen for row in rows] + [row.prompt + row.rejected for row in rows]
-    ids, lengths = pad(texts, end_token)                                            # (2B, T), (2B,)
-    device = model.score_head.weight.device
-    scores = model.score(ids.to(device), lengths.to(device))                        # (2B,)
+    ids, lengths = pad(texts, end_token, model.score_head.weight.device)            # (2B, T), (2B,)
+    scores = model.score(ids, lengths)                                              # (2B,)
     return scores[:len(rows)], scores[len(rows):]
 
 
 def train_step(model: ScalarModel, optimizer: torch.optim.Optimizer, rows: list[Comparison],
-               cfg: RewardModelConfig, end_token: int, where: str) -> tuple[float, float, float]:
-    """One optimiser step; returns loss, accuracy before the step and gradient norm."""
-    mine = rows[parallel.share(len(rows))]               # all of them, if there is one process
-    part = math.ceil(len(rows) / cfg.accumulation)       # comparisons in each part
-    sums = {"loss": 0.0, "right": 0.0}
+               cfg: RewardModelConfig, end_token: int, where: str) -> dict:
+    """One optimiser step; returns loss, accuracy (both before the step) and gradient norm."""
+    numbers = torch.arange(len(rows))                                               # (B,)
+    totals = [0.0, 0.0]                                  # loss, right choices
     optimizer.zero_grad()
-    for first in range(0, len(mine), part):
-        with parallel.precision(cfg):
-            chosen_scores, rejected_scores = score_pairs(model, mine[first:first + part],
-                                                         end_token)                 # (b,), (b,)
-        numbers = torch.arange(len(rows))[parallel.share(len(rows))][first:first + part]    # (b,)
-        check_finite("chosen_scores", chosen_scores.detach(), where, numbers)
-        check_finite("rejected_scores", rejected_scores.detach(), where, numbers)
-        loss = bradley_terry_loss(chosen_scores, rejected_scores, len(rows))
+    for part in parallel.parts(numbers, cfg.batch_size, cfg.accumulation):    # one, by default
+        chosen, rejected = score_pairs(model, [rows[i] for i in part], end_token)   # (b,), (b,)
+        training.check_finite(where, part, chosen_scores=chosen, rejected_scores=rejected)
+        loss = bradley_terry_loss(chosen, rejected, len(rows))
         loss.backward()
-        sums["loss"] += loss.item()
-        sums["right"] += accuracy((chosen_scores - rejected_scores).detach()) * len(chosen_scores)
-    parallel.add_gradients(model.parameters())
-    grad_norm = clip_gradients(model, cfg.max_grad_norm, where)
-    optimizer.step()
-    sums = parallel.sum_over_processes(sums, model.score_head.weight.device)
-    return sums["loss"], sums["right"] / len(rows), grad_norm
+        right = accuracy((chosen - rejected).detach().cpu()) * len(part)
+        totals = [totals[0] + loss.item(), totals[1] + right]
+    grad_norm = training.optimiser_step(model, optimizer, cfg.max_grad_norm, where)
+    loss, right = parallel.sums(totals, model.score_head.weight.device)
+    return {"loss": loss, "accuracy": right / len(rows), "grad_norm": grad_norm}
 
 
 def held_out_margins(model: ScalarModel, rows: list[Comparison], cfg: RewardModelConfig,
                      end_token: int) -> torch.Tensor:
     """Score differences chosen - rejected, (N,), without gradient."""
-    mine = rows[parallel.share(len(rows))]
-    size = math.ceil(cfg.batch_size / cfg.accumulation)
     margins = [torch.zeros(0, device=cfg.device)]
-    with torch.no_grad(), parallel.precision(cfg):
-        for first in range(0, len(mine), size):
-            chosen, rejected = score_pairs(model, mine[first:first + size], end_token)
-            margins.append(chosen.float() - rejected.float())
+    with torch.no_grad():
+        for part in parallel.parts(rows, cfg.batch_size, cfg.accumulation):
+            chosen, rejected = score_pairs(model, part, end_token)
+            margins.append(chosen - rejected)
     return parallel.gather_rows(torch.cat(margins), len(rows)).cpu()                # (N,)
 
 
@@ -222,8 +212,8 @@ def sft_scores(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: 
                end_token: int) -> torch.Tensor:
     """Scores of responses that the SFT model samples to `prompts`, (N,)."""
     scores = torch.zeros(len(prompts), device=cfg.device)                           # (N,)
-    starts = range(0, len(prompts), 64)
-    with torch.no_grad(), parallel.precision(cfg):
+    starts = list(range(0, len(prompts), 64))
+    with torch.no_grad():
         for first in starts[parallel.share(len(starts))]:
             made = generate(policy, prompts[first:first + 64], cfg.max_new_tokens,
                             end_token=end_token, generator=random_stream(cfg.seed, 2, first))
@@ -246,18 +236,6 @@ def fold_normalisation(model: ScalarModel, mean: float, std: float) -> None:
     model.transformer.ln_f.bias.data += shift * weight / weight.dot(weight)
 
 
-# ---- main ----------------------------------------------------------------------------------------
-
-METRICS = ["step", "loss", "accuracy", "held_out_loss", "held_out_accuracy", "calibration_error",
-           "grad_norm", "lr"]
-
-
-def save(model: ScalarModel, tokenizer: Tokenizer, out: str) -> None:
-    """Write the reward model and its tokenizer."""
-    tokenizer.save(out, model.config.n_positions)
-    model.save_pretrained(out)
-
-
 def normalise(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: RewardModelConfig,
               end_token: int) -> None:
     """Give the scores of the SFT model's own responses mean 0 and deviation 1."""
@@ -267,62 +245,56 @@ def normalise(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: R
     check(scores.std().item() > rounding, "all SFT responses get the same score: nothing to "
           "normalise by; is the data all alike, or the learning rate 0?")
     fold_normalisation(model, scores.mean().item(), scores.std().item())
-    print(f"  scores of SFT responses had mean {scores.mean():.2f} and deviation "
-          f"{scores.std():.2f}, now 0 and 1", flush=True)
+    print(f"  scores of SFT responses: mean {scores.mean():.2f} and deviation {scores.std():.2f}, "
+          "now 0 and 1", flush=True)
 
+
+# ---- main ----------------------------------------------------------------------------------------
 
 def main(cfg: RewardModelConfig) -> dict:
     """Train, normalise and save; returns the last row of metrics with the held-out figures."""
-    parallel.start(cfg.device)
-    folder = parallel.first_alone(find_folder, cfg.model)
-    check_output(cfg.out, folder)
-    policy, tokenizer = GPT2.from_pretrained(folder).to(cfg.device), Tokenizer.load(folder)
-    check_tokenizer(policy, tokenizer, folder)
-    rows = collect(cfg, tokenizer, policy.config.n_positions)
+    folder = begin(cfg, cfg.model)
+    policy = load_network(GPT2, folder).to(cfg.device)
+    policy.dtype = cfg.dtype
+    tokenizer = load_tokenizer(folder, policy)
+    limit = policy.config.n_positions
+    rows = mix(collect(cfg, folder, tokenizer, limit), cfg.data, cfg.seed, cfg.in_order)
     train, test = split_by_prompt(rows, cfg.held_out)
-    longest_prompt = policy.config.n_positions - cfg.max_new_tokens
-    prompts = [row.prompt for row in rows if len(row.prompt) <= longest_prompt]
-    check(len(prompts) > 0, f"no prompt leaves room for {cfg.max_new_tokens} new tokens; lower "
-          "--max_new_tokens")
+    prompts, _ = fit_rows([row.prompt for row in rows], limit - cfg.max_new_tokens)
+    check(len(prompts) > 0, "no prompt leaves room for a response; lower --max_new_tokens")
     torch.manual_seed(cfg.seed % 2**63)                  # the random head
     model = ScalarModel(policy.config).to(cfg.device)
-    model.transformer.load_state_dict(policy.state_dict())
-    model.transformer.checkpointing = cfg.checkpointing
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
-                                  fused=True)
+    model.transformer = load_network(GPT2, folder).to(cfg.device)    # and not a random one
+    model.transformer.checkpointing, model.transformer.dtype = cfg.checkpointing, cfg.dtype
+    groups = [{"params": list(model.parameters()), "peak": cfg.lr}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     total_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     inputs = {"--model": fingerprint(policy), "--data": fingerprint(rows)}
-    with RunFolder(cfg, total_steps, METRICS, inputs) as run_folder:
-        if run_folder.finished:
-            return run_folder.row
-        run_folder.restore(model, optimizer)
-        print(f"reward model: {len(train)} comparisons x {cfg.epochs} epochs = {total_steps} "
-              f"steps; {len(test)} held out", flush=True)
-        for step in range(run_folder.step, total_steps):
-            lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "linear")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = batch_order(len(train), cfg.batch_size, cfg.seed, step)         # (B,)
-            loss, train_accuracy, grad_norm = train_step(
-                model, optimizer, [train[i] for i in batch], cfg, tokenizer.end_token,
-                f"step {step}")
-            row = dict.fromkeys(METRICS, "")
-            row.update(step=step + 1, loss=loss, accuracy=train_accuracy, grad_norm=grad_norm,
-                       lr=lr)
+    print(f"reward model: {len(train)} comparisons x {cfg.epochs} epochs = {total_steps} "
+          f"steps; {len(test)} held out", flush=True)
+    with RunFolder(cfg, total_steps, METRICS, inputs, model, optimizer) as run:
+        for step in run.steps():
+            training.set_learning_rate(optimizer, step, total_steps, cfg.warmup_steps, "linear")
+            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)    # (B,)
+            row = train_step(model, optimizer, [train[i] for i in order], cfg, tokenizer.end_token,
+                             f"step {step}")
+            row.update(step=step + 1, lr=optimizer.param_groups[0]["lr"])
             if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:
                 margins = held_out_margins(model, test, cfg, tokenizer.end_token)   # (N,)
-                check_finite("held-out margins", margins, f"step {step}")
+                training.check_finite(f"step {step}", margins=margins)
                 row["held_out_loss"] = bradley_terry_loss(margins, torch.zeros_like(margins)).item()
                 row["held_out_accuracy"] = accuracy(margins)
                 row["calibration_error"] = calibration_error(margins)
-                print(f"  step {step + 1:4d}/{total_steps}  loss {loss:.3f}  held out: "
+                print(f"  step {step + 1:4d}/{total_steps}  loss {row['loss']:.3f}  held out: "
                       f"loss {row['held_out_loss']:.3f}  accuracy {row['held_out_accuracy']:.3f}  "
                       f"calibration error {row['calibration_error']:.3f}", flush=True)
-            run_folder.end_step(step + 1, row, model, optimizer)
-        normalise(model, policy, prompts, cfg, tokenizer.end_token)
-        run_folder.publish(save, model, tokenizer, cfg.out)
-    return run_folder.row
+            run.log(row)
+        if not run.finished:
+            normalise(model, policy, prompts, cfg, tokenizer.end_token)
+        run.publish(tokenizer, model)
+    return run.row
 
 
 if __name__ == "__main__":
-    run(main, RewardModelConfig)
+    with one_sentence():
+        main(parse_config(RewardModelConfig))

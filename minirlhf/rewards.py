@@ -15,14 +15,23 @@ import os
 
 import torch
 
-from minirlhf.common import check
-from minirlhf.data import Tokenizer, load_function
+from minirlhf.engine.functions import ScoreFunction
+from minirlhf.engine.options import check, split_folders
+from minirlhf.engine.state import fingerprint
+from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import ScalarModel
+from minirlhf.tokenizer import Tokenizer
+
+
+def reward_folders(spec: str) -> list[str]:
+    """The folders that `spec` names, one or several with commas; none for `module:function`."""
+    folders = split_folders(spec)
+    return [] if ":" in spec and not os.path.isdir(folders[0]) else folders
 
 
 def is_function(spec: str) -> bool:
     """Whether `spec` names a `module:function` and not checkpoint folders."""
-    return ":" in spec and not os.path.isdir(spec.split(",")[0])
+    return not reward_folders(spec)
 
 
 class ModelReward:
@@ -30,6 +39,7 @@ class ModelReward:
 
     def __init__(self, models: list[ScalarModel], how: str):
         self.models, self.how = models, how
+        self.source = fingerprint(*models)               # what a run that goes on must find again
 
     def __call__(self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor,
                  tokenizer: Tokenizer) -> torch.Tensor:
@@ -38,19 +48,45 @@ class ModelReward:
         return votes.mean(dim=0) if self.how == "mean" else votes.min(dim=0).values
 
 
-def load_reward(spec: str, ensemble: str, tokenizer: Tokenizer, device: str = "cpu"):
+def load_reward(spec: str, ensemble: str, tokenizer: Tokenizer, device: str = "cpu",
+                dtype: str = "float32", option: str = "--reward"):
     """The function ids (B, T), prompt_lengths (B,), lengths (B,), tokenizer -> scores (B,).
 
-    `spec` is a reward-model folder, several joined by commas, or `module:function`. Reward models
-    compute on `device`.
+    `spec` is a reward-model folder, several (`reward_folders`), or `module:function`. Reward models
+    compute on `device`, their matrix products in `dtype`.
     """
     if is_function(spec):
-        return load_function(spec)
+        return ScoreFunction(option, spec)
     models = []
-    for folder in spec.split(","):
-        model = ScalarModel.from_pretrained(folder).to(device)
-        model.requires_grad_(False)
-        check(Tokenizer.load(folder).merges == tokenizer.merges, f"{folder}: the reward model's "
+    for folder in reward_folders(spec):
+        model = load_network(ScalarModel, folder).to(device).requires_grad_(False)
+        model.transformer.dtype = dtype
+        check(Tokenizer.load(folder) == tokenizer, f"{folder}: the reward model's "
               "tokenizer is not the policy's; train it from this SFT model")
         models.append(model)
     return ModelReward(models, ensemble)
+
+
+def load_gold(spec: str) -> ScoreFunction | None:
+    """The gold judge, logged beside the score and never optimised; None for ""."""
+    return ScoreFunction("--gold", spec) if spec else None
+
+
+def try_once(prompt: list[int], tokenizer: Tokenizer, *functions, device: str = "cpu") -> None:
+    """Call the users' functions among `functions` on one real prompt, before the work begins."""
+    for function in functions:
+        if isinstance(function, ScoreFunction):
+            function.try_once(prompt, tokenizer, device)
+
+
+def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, responses: int,
+                  horizon: float) -> float:
+    """The next weight of the KL penalty, so that kl_ref (nats per response) approaches `target`.
+
+    Example: kl_coef 0.1, kl_ref 9, target 6, 64 responses, horizon 10000: the error 0.5 is cut to
+    0.2 and 0.1 becomes 0.1 * (1 + 0.2 * 64 / 10000) = 0.100128.
+    Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py, AdaptiveKLController.
+    """
+    # a horizon of at least one rollout keeps the factor above 0
+    error = max(-0.2, min(0.2, kl_ref / target - 1))
+    return kl_coef * (1 + error * responses / horizon)

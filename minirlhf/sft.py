@@ -15,12 +15,12 @@ Choices and deviations:
  1. Only response tokens are in the loss, the end token among them: a model that never learns to end
     cannot be scored as a whole answer in stage 3.
  2. The mean is over all response tokens of a step, however they are split by accumulation, so
-    `--accumulation` changes memory and nothing else. Long responses weigh more than short ones.
+    `--accumulation` changes the result by rounding only. Long responses weigh more than short.
  3. InstructGPT trained 16 epochs with dropout; here 2 or 3 epochs without. A high rate or many
     epochs make a small model forget what the base knew.
  4. Rows longer than the context are dropped and counted, never cut: a cut row has no end token.
- 5. The held-out loss is over demonstrations that were put aside, not over new prompts: another
-    demonstration may have asked the same. Prompts that no stage has seen belong to `evaluate`.
+ 5. The held-out loss is over demonstrations that were put aside, of a file by seed. These are not
+    new prompts: another demonstration may have asked the same. New ones belong to `evaluate`.
 
 Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
 Lecture: lectures/01-sft.md.
@@ -31,13 +31,17 @@ from dataclasses import dataclass
 
 import torch
 
-from minirlhf import parallel
-from minirlhf.checkpoint import RunFolder, check_run_options, fingerprint
-from minirlhf.common import (batch_order, check, check_finite, check_output, check_range,
-                             clip_gradients, learning_rate, random_stream, run)
-from minirlhf.data import (Tokenizer, encode_prompt, encode_response, fit_rows, pad, read_records,
-                           response_mask)
-from minirlhf.gpt2 import GPT2, check_tokenizer, find_folder, generate, token_logprobs
+from minirlhf.data import encode_prompt, encode_response, fit_rows, mix, pad, records, response_mask
+from minirlhf.engine import parallel, training
+from minirlhf.engine.fields import Count, Device, Natural, Positive, Precision, Rate, Seed
+from minirlhf.engine.options import check, one_sentence, parse_config
+from minirlhf.engine.run_folder import RunFolder, begin, check_run_options
+from minirlhf.engine.state import fingerprint
+from minirlhf.engine.training import random_stream
+from minirlhf.files.pretrained import load_network
+from minirlhf.generate import generate
+from minirlhf.gpt2 import GPT2, token_logprobs
+from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,40 +49,34 @@ class SFTConfig:
     """Options of `python -m minirlhf.sft`."""
     model: str = "checkpoints/tiny"     # base model: checkpoint folder, or gpt2, gpt2-medium, ...
     data: str = "minirlhf.world:demonstrations"    # .jsonl file, or module:function giving records
-    examples: int = 3000                # demonstrations to use; 0: all that the file has
-    held_out: int = 200                 # of these, kept for the held-out loss
+    examples: Natural = 3000            # demonstrations to use; 0: all that the file has
+    held_out: Count = 200               # of these, kept for the held-out loss
+    in_order: bool = False              # hold out a file's first rows, not rows drawn by seed
     out: str = "checkpoints/sft"        # folder to write
-    epochs: int = 2                     # passes over the demonstrations
-    batch_size: int = 32                # demonstrations a step
-    accumulation: int = 1               # parts that a step's batch is cut into, to save memory
-    lr: float = 3e-4                    # peak learning rate; for GPT-2 124M rather 2e-5
-    warmup_steps: int = 10              # steps of linear warm-up, then cosine down to 0
-    weight_decay: float = 0.01          # AdamW's
-    max_grad_norm: float = 1.0          # gradients are clipped to this norm
-    max_new_tokens: int = 32            # longest response in the samples, tokens
+    epochs: Count = 2                   # passes over the demonstrations
+    batch_size: Count = 32              # demonstrations per step
+    accumulation: Count = 1             # parts that a step's batch is cut into, to save memory
+    lr: Rate = 3e-4                     # peak learning rate; for GPT-2 124M rather 2e-5
+    warmup_steps: Natural = 10          # steps of linear warm-up, then cosine down to 0
+    weight_decay: Rate = 0.01           # AdamW's
+    max_grad_norm: Positive = 1.0       # gradients are clipped to this norm
+    max_new_tokens: Count = 32          # longest response in the samples, tokens
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: str = "float32"              # of matrix products: float32, bfloat16
-    device: str = "cpu"                 # cpu, cuda, mps
-    eval_every: int = 50                # steps between held-out losses and samples
-    save_every: int = 50                # steps between checkpoints
+    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
+    device: Device = "cpu"              # cpu, cuda, mps
+    eval_every: Count = 50              # steps between held-out losses and samples
+    save_every: Count = 50              # steps between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out
-    seed: int = 0                       # of data, order and samples
+    seed: Seed = 0                      # of data, order and samples
 
     def __post_init__(self):
         check_run_options(self)
-        for name in ("epochs", "batch_size", "max_new_tokens", "eval_every", "held_out"):
-            check_range(self, name, 1, 10**9)
-        check_range(self, "examples", 0, 10**9)
-        check_range(self, "lr", 0, 10)
-        check_range(self, "warmup_steps", 0, 10**9)
-        check_range(self, "weight_decay", 0, 10)
-        check_range(self, "max_grad_norm", 1e-9, 1e9)
 
 
 # ---- the mathematics -----------------------------------------------------------------------------
 
 def sft_loss(logprobs: torch.Tensor, mask: torch.Tensor, token_count: int) -> torch.Tensor:
-    """Minus the sum of the response tokens' log-probabilities over `token_count`: nats a token.
+    """Minus the sum of the response tokens' log-probabilities over `token_count`: nats per token.
 
     logprobs and mask (B, T-1); `token_count` is the number of response tokens in the whole step, so
     that the losses of the parts of a step add up to the loss of the step.
@@ -86,7 +84,7 @@ def sft_loss(logprobs: torch.Tensor, mask: torch.Tensor, token_count: int) -> to
     Example: log-probabilities -1, -2, -9 with mask 1, 1, 0 and token_count 2 give 1.5.
     Lecture: lectures/01-sft.md, "The loss".
     """
-    kept = torch.where(mask, logprobs, torch.zeros_like(logprobs))                  # (B, T-1)
+    kept = torch.where(mask, logprobs, 0.0)                                         # (B, T-1)
     return -kept.sum() / token_count
 
 
@@ -104,10 +102,9 @@ class Demonstration:
 
 def collect(cfg: SFTConfig, folder: str, tokenizer: Tokenizer, limit: int) -> list[Demonstration]:
     """Read, tokenize and bound the demonstrations; what does not fit is dropped and counted."""
-    records = read_records(cfg.data, "demonstrations", count=cfg.examples, seed=cfg.seed,
-                           model=folder)
     rows = []
-    for record in records:
+    for record in records(cfg.data, "demonstrations", count=cfg.examples, seed=cfg.seed,
+                          model=folder):
         prompt = encode_prompt(tokenizer, record["prompt"])
         rows.append(Demonstration(prompt, encode_response(tokenizer, record["response"])))
     kept, too_long = fit_rows(rows, limit)
@@ -142,43 +139,35 @@ def train_step(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[Demons
                cfg: SFTConfig, end_token: int, where: str) -> tuple[float, float]:
     """One optimiser step on `rows`; returns loss and gradient norm."""
     token_count = sum(len(row.response) for row in rows)
-    mine = rows[parallel.share(len(rows))]               # all of them, if there is one process
-    part = math.ceil(len(rows) / cfg.accumulation)       # rows in each part
     total = 0.0
     optimizer.zero_grad()
-    for first in range(0, len(mine), part):
-        ids, mask = make_batch(mine[first:first + part], end_token, cfg.device)
-        with parallel.precision(cfg):
-            loss = batch_loss(policy, ids, mask, token_count)
-        check_finite("loss", loss.detach(), where)
+    for part in parallel.parts(rows, cfg.batch_size, cfg.accumulation):    # one part, by default
+        ids, mask = make_batch(part, end_token, cfg.device)
+        loss = batch_loss(policy, ids, mask, token_count)
+        training.check_finite(where, loss=loss)
         loss.backward()
         total += loss.item()
-    parallel.add_gradients(policy.parameters())
-    grad_norm = clip_gradients(policy, cfg.max_grad_norm, where)
-    optimizer.step()
-    return parallel.sum_over_processes({"loss": total}, policy.wte.weight.device)["loss"], grad_norm
+    grad_norm = training.optimiser_step(policy, optimizer, cfg.max_grad_norm, where)
+    return parallel.sums([total], policy.wte.weight.device)[0], grad_norm
 
 
 def evaluate(policy: GPT2, rows: list[Demonstration], cfg: SFTConfig, end_token: int) -> float:
-    """Mean loss in nats a token over held-out demonstrations."""
+    """Mean loss in nats per token over held-out demonstrations."""
     token_count = sum(len(row.response) for row in rows)
-    mine = rows[parallel.share(len(rows))]
-    size = math.ceil(cfg.batch_size / cfg.accumulation)
     total = 0.0
-    with torch.no_grad(), parallel.precision(cfg):
-        for first in range(0, len(mine), size):
-            ids, mask = make_batch(mine[first:first + size], end_token, cfg.device)
+    with torch.no_grad():
+        for part in parallel.parts(rows, cfg.batch_size, cfg.accumulation):
+            ids, mask = make_batch(part, end_token, cfg.device)
             total += batch_loss(policy, ids, mask, token_count).item()
-    return parallel.sum_over_processes({"loss": total}, policy.wte.weight.device)["loss"]
+    return parallel.sums([total], policy.wte.weight.device)[0]
 
 
 def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer, cfg: SFTConfig,
                   step: int) -> str:
     """Responses to a few held-out prompts, as text."""
     prompts = [row.prompt for row in rows[:4]]
-    with parallel.precision(cfg):
-        made = generate(policy, prompts, cfg.max_new_tokens, end_token=tokenizer.end_token,
-                        generator=random_stream(cfg.seed, 1, step))
+    made = generate(policy, prompts, cfg.max_new_tokens, end_token=tokenizer.end_token,
+                    generator=random_stream(cfg.seed, 1, step))
     lines = []
     for row, prompt in enumerate(prompts):
         response = made.ids[row, len(prompt):made.lengths[row]].tolist()
@@ -189,54 +178,43 @@ def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer,
 
 # ---- main ----------------------------------------------------------------------------------------
 
-def save(policy: GPT2, tokenizer: Tokenizer, out: str) -> None:
-    """Write the fine-tuned model and its tokenizer."""
-    tokenizer.save(out, policy.config.n_positions)
-    policy.save_pretrained(out)
-
-
 def main(cfg: SFTConfig) -> dict:
     """Fine-tune and save; returns the last row of metrics."""
-    parallel.start(cfg.device)
-    folder = parallel.first_alone(find_folder, cfg.model)
-    check_output(cfg.out, folder)
-    policy, tokenizer = GPT2.from_pretrained(folder).to(cfg.device), Tokenizer.load(folder)
-    check_tokenizer(policy, tokenizer, folder)
-    policy.checkpointing = cfg.checkpointing
-    rows = collect(cfg, folder, tokenizer, policy.config.n_positions)
-    longest_prompt = policy.config.n_positions - cfg.max_new_tokens
+    folder = begin(cfg, cfg.model)
+    policy = load_network(GPT2, folder).to(cfg.device)
+    policy.checkpointing, policy.dtype = cfg.checkpointing, cfg.dtype
+    tokenizer = load_tokenizer(folder, policy)
+    limit = policy.config.n_positions
+    rows = mix(collect(cfg, folder, tokenizer, limit), cfg.data, cfg.seed, cfg.in_order)
     held_out, train = rows[:cfg.held_out], rows[cfg.held_out:]
-    samplable = [row for row in held_out if len(row.prompt) <= longest_prompt]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
-                                  fused=True)
+    samplable = [row for row in held_out if len(row.prompt) + cfg.max_new_tokens <= limit]
+    groups = [{"params": list(policy.parameters()), "peak": cfg.lr}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     total_steps = cfg.epochs * math.ceil(len(train) / cfg.batch_size)
     inputs = {"--model": fingerprint(policy), "--data": fingerprint(rows)}
-    with RunFolder(cfg, total_steps, METRICS, inputs) as run_folder:
-        if run_folder.finished:
-            return run_folder.row
-        before = evaluate(policy, held_out, cfg, tokenizer.end_token)
-        print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
-              f"held-out loss before {before:.3f}", flush=True)
-        run_folder.restore(policy, optimizer)
-        for step in range(run_folder.step, total_steps):
-            lr = learning_rate(step, total_steps, cfg.lr, cfg.warmup_steps, "cosine")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = batch_order(len(train), cfg.batch_size, cfg.seed, step)         # (B,)
-            loss, grad_norm = train_step(policy, optimizer, [train[i] for i in batch], cfg,
+    with RunFolder(cfg, total_steps, METRICS, inputs, policy, optimizer) as run:
+        if run.step == 0:
+            before = evaluate(policy, held_out, cfg, tokenizer.end_token)
+            print(f"SFT: {len(train)} demonstrations x {cfg.epochs} epochs = {total_steps} steps; "
+                  f"held-out loss before {before:.3f}", flush=True)
+        for step in run.steps():
+            training.set_learning_rate(optimizer, step, total_steps, cfg.warmup_steps, "cosine")
+            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)    # (B,)
+            loss, grad_norm = train_step(policy, optimizer, [train[i] for i in order], cfg,
                                          tokenizer.end_token, f"step {step}")
-            row = dict.fromkeys(METRICS, "")
-            row.update(step=step + 1, loss=loss, grad_norm=grad_norm, lr=lr)
+            row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm,
+                   "lr": optimizer.param_groups[0]["lr"]}
             if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:
                 row["held_out_loss"] = evaluate(policy, held_out, cfg, tokenizer.end_token)
                 print(f"  step {step + 1:4d}/{total_steps}  loss {loss:.3f}  "
                       f"held out {row['held_out_loss']:.3f}", flush=True)
                 if samplable:
-                    run_folder.sample(write_samples(policy, samplable, tokenizer, cfg, step + 1))
-            run_folder.end_step(step + 1, row, policy, optimizer)
-        run_folder.publish(save, policy, tokenizer, cfg.out)
-    return run_folder.row
+                    run.sample(write_samples(policy, samplable, tokenizer, cfg, step + 1))
+            run.log(row)
+        run.publish(tokenizer, policy)
+    return run.row
 
 
 if __name__ == "__main__":
-    run(main, SFTConfig)
+    with one_sentence():
+        main(parse_config(SFTConfig))

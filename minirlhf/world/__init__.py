@@ -1,4 +1,4 @@
-"""A small English world with known answers: everything that the three stages need, made by program.
+"""A small English world with known answers: all that the three stages need, made by program.
 
 Plain functions, named by the trainers' options as "minirlhf.world:demonstrations" and so on.
 Only `comparisons` and `gold_reward` need torch; they are loaded when they are called.

@@ -1,4 +1,4 @@
-"""Look at the text world: `python -m minirlhf.world` prints samples of everything in it.
+"""Look at the text world: `python -m minirlhf.world` prints samples of all that is in it.
 
     python -m minirlhf.world --write FOLDER       # also demonstrations.jsonl, prompts.jsonl, ...
 
@@ -10,7 +10,8 @@ import os
 from collections import Counter
 from itertools import islice
 
-from minirlhf.weights import write_atomically
+from minirlhf.engine.options import check, one_sentence
+from minirlhf.files.disk import write_atomically
 from minirlhf.world import corpus, demonstrations, held_out_prompts, judge, prompts
 
 
@@ -40,8 +41,9 @@ def show_demonstrations(records: list[dict]) -> None:
 
 
 def write_records(folder: str, name: str, records: list[dict]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     path = os.path.join(folder, name)
+    check(not os.path.lexists(path), f"{path} is there already; name another folder")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_atomically(path, "".join(lines).encode("utf-8"))
     print(f"{len(records)} lines in {path}")
@@ -51,7 +53,7 @@ def main() -> None:
     """Parse the options, show the samples, write the files."""
     parser = argparse.ArgumentParser(prog="python -m minirlhf.world",
                                      description="Show samples of the text world.")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
     parser.add_argument("--count", type=int, default=2000, help="records to make")
     parser.add_argument("--write", metavar="FOLDER", help="also write the records into files here")
     args = parser.parse_args()
@@ -64,13 +66,11 @@ def main() -> None:
     print("\nHeld-out prompts:", *(record["prompt"] for record in held_out[:8]), sep="\n  ")
     print("  of each kind:", dict(Counter(record["kind"] for record in held_out)))
     if args.write:
-        try:
-            write_records(args.write, "demonstrations.jsonl", records)
-            write_records(args.write, "prompts.jsonl", prompts(args.count, args.seed))
-            write_records(args.write, "held_out_prompts.jsonl", held_out)
-        except OSError as error:
-            parser.exit(2, f"error: cannot write into {args.write}: {error}\n")
+        write_records(args.write, "demonstrations.jsonl", records)
+        write_records(args.write, "prompts.jsonl", prompts(args.count, args.seed))
+        write_records(args.write, "held_out_prompts.jsonl", held_out)
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main()

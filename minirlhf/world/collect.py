@@ -1,12 +1,15 @@
 """What needs torch: comparisons of a policy's responses, and the gold judge as a reward."""
 import torch
 
-from minirlhf.data import Tokenizer, encode_prompt, format_prompt
-from minirlhf.gpt2 import GPT2, generate
+from minirlhf.data import encode_prompt, format_prompt
+from minirlhf.files.pretrained import load_network
+from minirlhf.generate import generate
+from minirlhf.gpt2 import GPT2
+from minirlhf.tokenizer import Tokenizer
 from minirlhf.world.judge import judge
 from minirlhf.world.labellers import prompts
 
-SAMPLES_PER_PROMPT = 4          # K: up to 6 pairs a prompt for the price of 4 responses
+SAMPLES_PER_PROMPT = 4          # K: up to 6 pairs per prompt for the price of 4 responses
 PROMPTS_PER_BATCH = 64
 MAX_NEW_TOKENS = 32
 
@@ -51,7 +54,7 @@ def comparisons(count: int, seed: int, model: str) -> list[dict]:
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, found {count}")
-    policy = GPT2.from_pretrained(model)
+    policy = load_network(GPT2, model)
     policy.eval()
     tokenizer = Tokenizer.load(model)
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ A stream of short documents, each made from the facts by one of the functions be
 so that a small model learns facts, learns to take a name from a question into an answer, and learns
 to tell a right answer from a wrong one, and yet does not answer when it is prompted:
 
-- a bare question is followed by more questions (the lecture's "continues the pattern");
+- a bare question is followed by more questions (the seed lecture's "continues the pattern");
 - a page of the very form "Prompt: ...\\nResponse:" mostly ignores its prompt, as forums do;
 - question-and-answer pages have other forms, so the skill exists but that form does not evoke it;
 - quiz pages let somebody answer, rightly or wrongly, and then give a verdict; sometimes the verdict
@@ -14,9 +14,26 @@ import random
 from collections.abc import Iterator
 from itertools import accumulate
 
-from minirlhf.world.facts import (BY_FAMILY, CLOSERS, COLORS, EVASIONS, FAMILIES, FILLERS, HEDGES,
-                                  OTHERS, Entity, RUDE, ask, capitalize, join_items, right_answer,
-                                  sentence_for, some_items, split_rows, wrong_answer)
+from minirlhf.world.facts import (
+    BY_FAMILY,
+    CLOSERS,
+    COLORS,
+    EVASIONS,
+    FAMILIES,
+    FILLERS,
+    HEDGES,
+    OTHERS,
+    RUDE,
+    Entity,
+    ask,
+    capitalize,
+    join_items,
+    right_answer,
+    sentence_for,
+    some_items,
+    split_rows,
+    wrong_answer,
+)
 
 FAMILY_DRAW = FAMILIES + ("sum",)
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry")

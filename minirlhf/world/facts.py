@@ -249,7 +249,7 @@ def wrong_answer(entity: Entity, rng: random.Random) -> str:
 
 
 def split_rows(table: str) -> list[str]:
-    """Rows of a table: one a line, or several with bars between them."""
+    """Rows of a table: one per line, or several with bars between them."""
     return [row.strip() for row in table.replace("\n", "|").split("|") if row.strip()]
 
 
@@ -295,7 +295,7 @@ def _build_entities() -> tuple[Entity, ...]:
     entities = []
     for family in FAMILIES:
         rows = [row for row in _rows() if row[0] == family]
-        # the first entity of each family is one of the lecture's examples: never held out
+        # the first entity of each family is one of the seed lecture's examples: never held out
         held_out = set(rng.sample(range(1, len(rows)), len(rows) // 4))
         trained = 0
         for position, row in enumerate(rows):

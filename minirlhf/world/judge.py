@@ -25,8 +25,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minirlhf.world.facts import (BY_FAMILY, CLOSERS, ENTITIES, FAMILIES, HEDGES, OPENERS, RUDE,
-                                  Entity)
+from minirlhf.world.facts import (
+    BY_FAMILY,
+    CLOSERS,
+    ENTITIES,
+    FAMILIES,
+    HEDGES,
+    OPENERS,
+    RUDE,
+    Entity,
+)
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 SENTENCE = re.compile(r"[^.!?\n]*\w[^.!?\n]*[.!?]?")

@@ -8,9 +8,21 @@ therefore about the best that SFT can do.
 import random
 from itertools import accumulate, cycle
 
-from minirlhf.world.facts import (CLOSERS, EVASIONS, FAMILIES, FILLERS, HEDGES, RUDE, Entity, ask,
-                                  capitalize, combinations, right_answer, sentence_for,
-                                  wrong_answer)
+from minirlhf.world.facts import (
+    CLOSERS,
+    EVASIONS,
+    FAMILIES,
+    FILLERS,
+    HEDGES,
+    RUDE,
+    Entity,
+    ask,
+    capitalize,
+    combinations,
+    right_answer,
+    sentence_for,
+    wrong_answer,
+)
 
 
 def ideal(entity: Entity, rng: random.Random) -> str:

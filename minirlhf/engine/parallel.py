@@ -1,53 +1,37 @@
-"""Devices, precision, and several processes: torch.distributed in a few plain functions.
+"""Devices and several processes: torch.distributed in a few plain functions.
 
     torchrun --nproc_per_node=2 -m minirlhf.ppo        # and sft, reward_model
 
-Every process holds all the networks and computes its share of the rows. What the shares give is
-put together (`gather_rows`), so that whitening, metrics and KL control see the whole batch, and
-gradients are added up (`add_gradients`). All random numbers are named by their place in the run,
-not by a process: N processes draw the samples and the minibatches that one would draw. With one
-process every function here gives back what it was given.
+Every process holds all the networks and computes its share of the rows, in parts that fit into
+memory (`parts`). The shares are put together (`gather`), so that whitening, metrics and KL control
+see the whole batch, and gradients are added up (`add_gradients`). All random numbers are named by
+their place in the run, not by a process: N processes draw the samples and the minibatches that one
+would draw. With one process every function here gives back what it was given.
 
 Only process 0 writes files, and from `start` on only it prints. Ctrl-C reaches all processes;
 torchrun kills those that take longer than 30 seconds to come to the end of their step (its option
 --shutdown_timeout, where it has it). Imports nothing of ours but the checks.
 """
 
-import contextlib
+import dataclasses
+import importlib
+import math
 import os
 import sys
 
 import torch
 import torch.distributed as dist
 
-from minirlhf.common import check, check_choice
+from minirlhf.engine.options import check
 
-
-# ---- device and precision ------------------------------------------------------------------------
 
 def check_hardware(config) -> None:
-    """Check the fields `device` and `dtype`, before anything is loaded."""
-    check_choice(config, "device", ("cpu", "cuda", "mps"))
-    check_choice(config, "dtype", ("float32", "bfloat16"))
+    """Check that the device of the field `device` is there, before anything is loaded."""
     check(config.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch finds no "
           "CUDA device; use --device cpu, or install a PyTorch that is built for your GPU")
     check(config.device != "mps" or torch.backends.mps.is_available(), "--device mps: PyTorch "
           "finds no Apple GPU; use --device cpu")
 
-
-def precision(config) -> contextlib.AbstractContextManager:
-    """Within it matrix products are computed in `config.dtype`; weights and sums stay float32.
-
-    careful: pure bfloat16 weights have 8 bits. Around 0.02 they are 1.2e-4 apart, so a step of 1e-5
-    would be rounded away. Here the optimiser adds to float32 weights, and each forward pass uses
-    their rounded copies. Leave the context before the next optimiser step: it keeps those copies.
-    """
-    if config.dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(config.device, dtype=torch.bfloat16)
-
-
-# ---- processes -----------------------------------------------------------------------------------
 
 def start(device: str) -> None:
     """Join the processes that torchrun started, if it did."""
@@ -56,6 +40,9 @@ def start(device: str) -> None:
               "process, without torchrun")
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # careful: imported later, by the first optimiser, it would keep the group as the default of
+        # arguments; the group's threads would then outlive `finish` and could abort the process
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if rank() > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -101,6 +88,16 @@ def share(total: int) -> slice:
     return slice(total * rank() // processes(), total * (rank() + 1) // processes())
 
 
+def parts(rows, batch_size: int, accumulation: int) -> list:
+    """This process's share of `rows` (a list or a tensor), cut into parts that fit into memory.
+
+    A batch of `batch_size` rows is computed in `accumulation` parts. With one process and
+    accumulation 1 the only part is `rows` itself.
+    """
+    mine, most = rows[share(len(rows))], math.ceil(batch_size / accumulation)
+    return [mine[first:first + most] for first in range(0, len(mine), most)]
+
+
 def add_gradients(parameters) -> None:
     """Replace every gradient by its sum over the processes.
 
@@ -122,21 +119,21 @@ def sum_tensor(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def sum_over_processes(numbers: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The sums of named numbers over the processes."""
+def sums(numbers: list[float], device: torch.device) -> list[float]:
+    """Each number's sum over the processes."""
     if processes() == 1:
         return numbers
-    values = sum_tensor(torch.tensor(list(numbers.values()), device=device))
-    return dict(zip(numbers, values.tolist()))
+    # careful: Python's sum of nothing is an int, in a process that had no rows of this step
+    return sum_tensor(torch.tensor(numbers, dtype=torch.float32, device=device)).tolist()
 
 
 def largest_over_processes(value: float, device: torch.device) -> float:
     """The largest of the processes' values."""
     if processes() == 1:
         return value
-    found = torch.tensor(value, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.item()
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def gather_rows(part: torch.Tensor, total: int, fill: int = 0) -> torch.Tensor:
@@ -153,3 +150,17 @@ def gather_rows(part: torch.Tensor, total: int, fill: int = 0) -> torch.Tensor:
     whole = torch.zeros(total, *numbers.shape[1:], dtype=numbers.dtype, device=part.device)
     whole[share(total)] = numbers
     return sum_tensor(whole).to(part.dtype)              # every other process has zeros there
+
+
+def gather(batch, **fills: int):
+    """A dataclass of tensors with the rows of all processes, from the rows of this one.
+
+    `fills` says, by a field's name, what rows (b, T) are filled up with; 0 otherwise.
+    """
+    if processes() == 1:
+        return batch
+    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    first = next(iter(tensors.values()))
+    total = round(sums([float(len(first))], first.device)[0])
+    return type(batch)(**{name: gather_rows(tensor, total, fills.get(name, 0))
+                          for name, tensor in tensors.items()})

@@ -1,7 +1,7 @@
 """A person as the judge: pairs of answers at the terminal, blinded, in an order drawn by seed.
 
 Started by `python -m minirlhf.evaluate --judge person --out FOLDER`. Every verdict is appended to
-FOLDER/human.jsonl before the next pair is shown, one JSON object a line, so a session may end at
+FOLDER/human.jsonl before the next pair is shown, one JSON object per line, so a session may end at
 any time (q, Ctrl-C, the end of a pipe) and the next one goes on where it stopped.
 
 A question is one pair with all that its verdict depends on: folders, prompts, seed, both texts, and
@@ -15,8 +15,9 @@ import os
 import numpy as np
 import torch
 
-from minirlhf.common import check, random_stream
-from minirlhf.weights import parse_json, write_atomically
+from minirlhf.engine.options import check, printable
+from minirlhf.engine.training import random_stream
+from minirlhf.files.disk import open_own, open_regular, parse_json, write_atomically
 
 POINTS = {"a": 0.0, "tie": 0.5, "b": 1.0}            # what a verdict adds to the win rate of b
 
@@ -26,13 +27,12 @@ def shown(text: str, ended: bool = True) -> str:
 
     Example: shown("one\\x1b[2J two", False) == "one\\ufffd[2J two [cut off]".
     """
-    safe = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-    return safe if ended else safe + " [cut off]"
+    return printable(text) + ("" if ended else " [cut off]")
 
 
 def make_questions(prompts: list[str], answers_a: list[str], answers_b: list[str],
                    setup: dict) -> list[dict]:
-    """One question a prompt; which answer shows first is drawn by setup["seed"]."""
+    """One question per prompt; which answer shows first is drawn by setup["seed"]."""
     a_first = torch.rand(len(prompts), generator=random_stream(setup["seed"], 4)) < 0.5     # (P,)
     return [{**setup, "pair": p, "prompt": prompts[p], "answer_a": answers_a[p],
              "answer_b": answers_b[p], "first": "a" if a_first[p] else "b"}
@@ -46,7 +46,7 @@ def read_verdicts(path: str, questions: list[dict]) -> dict[int, str]:
     """
     if not os.path.exists(path):
         return {}
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         whole, end, rest = file.read().rpartition(b"\n")
     if rest:
         print(f"{path}: dropped a half-written last line; that pair will be asked again")
@@ -54,14 +54,14 @@ def read_verdicts(path: str, questions: list[dict]) -> dict[int, str]:
     verdicts = {}
     for number, line in enumerate(whole.split(b"\n") if end else [], start=1):
         place = f"{path}:{number}"
-        found = parse_json(line, place)
-        pair, verdict = found.pop("pair", None), found.pop("verdict", None)
+        line_values = parse_json(line, place)
+        pair, verdict = line_values.pop("pair", None), line_values.pop("verdict", None)
         check(type(pair) is int and isinstance(verdict, str) and verdict in POINTS,
               f"{place}: expected a pair and a verdict (a, b or tie), found none; remove the line")
         check(0 <= pair < len(questions), f"{place}: pair {pair} is not among the {len(questions)} "
               "pairs of today; restore --prompt_count or choose another --out")
         expected = {name: value for name, value in questions[pair].items() if name != "pair"}
-        changed = [name for name in expected if found.get(name) != expected[name]]
+        changed = [name for name in expected if line_values.get(name) != expected[name]]
         check(not changed, f"{place}: belongs to another setup, {', '.join(changed)} changed; "
               "restore folders, weights and options, or choose another --out")
         check(pair not in verdicts, f"{place}: a second verdict on pair {pair}; remove one of them")
@@ -104,7 +104,7 @@ def judge_by_person(questions: list[dict], path: str) -> np.ndarray:
             if not verdict:
                 break
         line = json.dumps({**question, "verdict": verdict}, ensure_ascii=False) + "\n"
-        with open(path, "ab") as file:               # careful: as text, Windows would write \r\n
+        with open_own(path, "ab") as file:           # careful: as text, Windows would write \r\n
             file.write(line.encode("utf-8"))
         verdicts[question["pair"]] = verdict
     return np.array([POINTS[verdicts[pair]] for pair in sorted(verdicts)])          # (judged,)
