@@ -1,131 +1,89 @@
-"""The naive baseline: RLHF as one writes it down first, written from a lecture's description.
+"""The naive baseline: RLHF as one writes it down first, one prompt at a time and without a cache.
 
-One prompt at a time. No cache: every new token costs a pass over the whole row. The reference
-model runs for every token, too. Every pass makes logits for all positions. GAE is a loop over one
-response. The update takes one optimiser step a response and epoch, with plain Adam.
-
-It is naive and not wrong: it uses the same network classes, samples the same tokens from the same
-random numbers, and gets the same log-probabilities and advantages as minirlhf.ppo (tested). So it
-shows what batching, a cache, and logits only where they are needed are worth.
+Every new token costs a pass over the whole row, by the reference model too, and logits for all
+positions; the update takes one step of plain Adam per response and epoch. It is naive and not
+wrong: same tokens from the same random numbers, same log-probabilities, same advantages (tested).
 """
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from minirlhf.gpt2 import GPT2, behaviour_logprobs, sample
-from minirlhf.ppo import PolicyWithValue, PPOConfig
+from minirlhf.benchmark.machine import timed
+from minirlhf.engine.training import whiten
+from minirlhf.generate import sample
+from minirlhf.gpt2 import GPT2, PolicyWithValue, behaviour_logprobs
+from minirlhf.ppo import PPOConfig, gae, shaped_rewards
 
 
 @dataclass
 class Response:
-    """One prompt with its response; the lists have one number a response token."""
-    ids: list[int]                      # prompt and response
-    prompt_length: int
-    logprobs: list[float] = field(default_factory=list)
-    ref_logprobs: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    advantages: list[float] = field(default_factory=list)
-    returns: list[float] = field(default_factory=list)
-    reference_seconds: float = 0.0      # of the reference model's passes
+    """One prompt with its response of N tokens."""
+    ids: torch.Tensor                   # (1, T) prompt and response
+    columns: torch.Tensor               # (3, N) logprobs, ref_logprobs and values
+    reference_seconds: float            # of the reference model's passes
+    advantages: torch.Tensor | None = None    # (N,)
+    returns: torch.Tensor | None = None       # (N,)
 
 
 def respond(networks: PolicyWithValue, ref_policy: GPT2, prompt: list[int], uniforms: torch.Tensor,
             cfg: PPOConfig, end_token: int) -> Response:
-    """Sample one response; uniforms (max_new_tokens,) decide its tokens as in `gpt2.generate`."""
-    response = Response(list(prompt), len(prompt))
-    policy = networks.policy
+    """Sample one response; uniforms (max_new_tokens,) decide its tokens as in `generate`."""
+    ids, columns, reference_seconds = torch.tensor([prompt]), [], 0.0               # (1, T)
     for uniform in uniforms:
-        ids = torch.tensor([response.ids])                                          # (1, T)
-        hidden = policy.hidden(ids)                                                 # (1, T, C)
-        logits = policy.logits(hidden)[:, -1]                                       # (1, V)
+        hidden = networks.policy.hidden(ids)                                        # (1, T, C)
+        logits = networks.policy.logits(hidden)[:, -1]                              # (1, V)
         logprobs = behaviour_logprobs(logits, cfg.temperature)                      # (1, V)
-        token = sample(logprobs, uniform[None]).item()
-        started = time.perf_counter()
-        ref_logits = ref_policy(ids)[:, -1]                                         # (1, V)
-        ref_logprobs = behaviour_logprobs(ref_logits, cfg.temperature)              # (1, V)
-        response.ref_logprobs.append(ref_logprobs[0, token].item())
-        response.reference_seconds += time.perf_counter() - started
-        response.logprobs.append(logprobs[0, token].item())
-        response.values.append(networks.value_head(hidden[0, -1]).item())
-        response.ids.append(token)
+        token = sample(logprobs, uniform[None])                                     # (1,)
+        ref_logits, seconds = timed(ref_policy, ids)                                # (1, T, V)
+        ref_logprobs = behaviour_logprobs(ref_logits[:, -1], cfg.temperature)       # (1, V)
+        value = networks.critic.score_head(hidden[0, -1])                           # (1,)
+        columns.append(torch.cat([logprobs[0, token], ref_logprobs[0, token], value]))
+        ids, reference_seconds = torch.cat([ids, token[None]], 1), reference_seconds + seconds
         if token == end_token:
             break
-    return response
-
-
-def estimate_advantages(response: Response, score: float, cfg: PPOConfig, kl_coef: float) -> None:
-    """Reward every token, then GAE backwards through the response."""
-    rewards = [-kl_coef * (new - ref)
-               for new, ref in zip(response.logprobs, response.ref_logprobs)]
-    rewards[-1] += score
-    next_value, advantage, advantages = 0.0, 0.0, []
-    for reward, value in zip(reversed(rewards), reversed(response.values)):
-        delta = reward + cfg.gamma * next_value - value
-        advantage = delta + cfg.gamma * cfg.lam * advantage
-        advantages.append(advantage)
-        next_value = value
-    response.advantages = advantages[::-1]
-    response.returns = [a + v for a, v in zip(response.advantages, response.values)]
-
-
-def normalise(responses: list[Response]) -> None:
-    """Shift and scale the advantages of all responses to mean 0 and deviation 1."""
-    everything = [a for response in responses for a in response.advantages]
-    mean = sum(everything) / len(everything)
-    variance = sum((a - mean) ** 2 for a in everything) / len(everything)
-    for response in responses:
-        response.advantages = [(a - mean) / (variance + 1e-8) ** 0.5 for a in response.advantages]
+    return Response(ids, torch.stack(columns, dim=1), reference_seconds)
 
 
 def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokenizer,
             prompts: list[list[int]], uniforms: torch.Tensor, cfg: PPOConfig,
-            kl_coef: float) -> tuple[list[Response], dict[str, float]]:
-    """Responses with all that the update needs; uniforms (B, max_new_tokens). And the seconds."""
-    started = time.perf_counter()
-    with torch.no_grad():
-        responses = [respond(networks, ref_policy, prompt, uniforms[row], cfg, tokenizer.end_token)
-                     for row, prompt in enumerate(prompts)]
-    sampled = time.perf_counter()
+            kl_coef: float) -> list[Response]:
+    """Responses with all that the update needs; uniforms (B, max_new_tokens)."""
+    responses = []
+    for prompt, row in zip(prompts, uniforms):
+        with torch.no_grad():
+            response = respond(networks, ref_policy, prompt, row, cfg, tokenizer.end_token)
+        lengths = torch.tensor([[len(prompt)], [response.ids.shape[1]]])            # (2, 1)
+        score = reward_function(response.ids, *lengths, tokenizer)                  # (1,)
+        score = score - cfg.missing_end_penalty * (response.ids[:, -1] != tokenizer.end_token)
+        logprobs, ref_logprobs, values = response.columns[:, None]                  # (1, N) each
+        mask = torch.ones_like(values, dtype=torch.bool)                            # (1, N)
+        rewards = shaped_rewards(score, logprobs - ref_logprobs, mask, kl_coef)     # (1, N)
+        advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)        # (1, N) each
+        response.advantages, response.returns = advantages[0], returns[0]
+        responses.append(response)
+    together = torch.cat([response.advantages for response in responses])           # (all N,)
+    together = whiten(together, torch.ones_like(together))
     for response in responses:
-        ids = torch.tensor([response.ids])                                          # (1, T)
-        score = reward_function(ids, torch.tensor([response.prompt_length]),
-                                torch.tensor([ids.shape[1]]), tokenizer).item()
-        if response.ids[-1] != tokenizer.end_token:
-            score -= cfg.missing_end_penalty
-        estimate_advantages(response, score, cfg, kl_coef)
-    normalise(responses)
-    seconds = {"sample": sampled - started, "score": time.perf_counter() - sampled,
-               "reference": sum(response.reference_seconds for response in responses)}
-    return responses, seconds
+        response.advantages, together = together.tensor_split([len(response.advantages)])
+    return responses
 
 
 def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer,
            responses: list[Response], cfg: PPOConfig) -> None:
     """One optimiser step for every response in every epoch."""
-    for _ in range(cfg.epochs):
-        for response in responses:
-            ids = torch.tensor([response.ids])                                      # (1, T)
-            hidden = networks.policy.hidden(ids)                                    # (1, T, C)
-            logits = networks.policy.logits(hidden)[0]                              # (T, V)
-            first = response.prompt_length
-            everything = behaviour_logprobs(logits[first - 1:-1], cfg.temperature)  # (N, V)
-            actions = ids[0, first:, None]                                          # (N, 1)
-            logprobs = everything.gather(1, actions)[:, 0]                          # (N,)
-            values = networks.value_head(hidden[0, first - 1:-1])[:, 0]             # (N,)
-            advantages = torch.tensor(response.advantages)                          # (N,)
-            ratio = (logprobs - torch.tensor(response.logprobs)).exp()              # (N,)
-            clipped = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)             # (N,)
-            policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
-            value_loss = 0.5 * ((values - torch.tensor(response.returns)) ** 2).mean()
-            loss = policy_loss + cfg.vf_coef * value_loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(networks.parameters(), cfg.max_grad_norm)
-            optimizer.step()
-
-
-def make_optimizer(networks: PolicyWithValue, cfg: PPOConfig) -> torch.optim.Optimizer:
-    """Adam as PyTorch has it by default."""
-    return torch.optim.Adam(networks.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5)
+    for response in responses * cfg.epochs:
+        ids, first = response.ids, response.ids.shape[1] - len(response.returns)    # (1, T)
+        hidden = networks.policy.hidden(ids)                                        # (1, T, C)
+        logits = networks.policy.logits(hidden)[0, first - 1:-1]                    # (N, V)
+        table = behaviour_logprobs(logits, cfg.temperature)                         # (N, V)
+        logprobs = table.gather(1, ids[0, first:, None])[:, 0]                      # (N,)
+        values = networks.critic.score_head(hidden[0, first - 1:-1])[:, 0]          # (N,)
+        ratio = (logprobs - response.columns[0]).exp()                              # (N,)
+        clipped = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)                 # (N,)
+        gains = torch.min(ratio * response.advantages, clipped * response.advantages)
+        loss = -gains.mean() + cfg.vf_coef * 0.5 * ((values - response.returns) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(networks.parameters(), cfg.max_grad_norm)
+        optimizer.step()

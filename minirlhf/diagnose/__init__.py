@@ -1,5 +1,5 @@
 """What is healthy and what is not in a run's metrics, in plain words: python -m minirlhf.diagnose.
 
-`illnesses` holds the list, `report` reads a folder and writes the text, `causes` and `check` make
-runs ill on purpose and count what is recognised.
+`ppo_illnesses` and `sft_illnesses` say what an illness looks like, `report` reads a folder and
+writes the text. `experiments/diagnose_rates.py` counts how often an illness is recognised.
 """

@@ -7,16 +7,15 @@ In:  the folder of an SFT, reward-model or PPO run, finished or not: `metrics.cs
 
 Each finding has the figure that shows it, the likely causes, what to try, and where to read on. How
 often an illness is recognised, and how often a healthy run is accused, is measured by
-`python -m minirlhf.diagnose.check`.
+`python -m minirlhf.experiments.diagnose_rates`.
 Lecture: lectures/03-ppo.md, "Reading the curves".
 """
 
-import sys
 from dataclasses import dataclass
 
-from minirlhf.common import check, run
-from minirlhf.diagnose.illnesses import Finding
+from minirlhf.diagnose.findings import Finding
 from minirlhf.diagnose.report import write_report
+from minirlhf.engine.options import check, name_first_argument, one_sentence, parse_config
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,6 @@ def main(cfg: DiagnoseConfig) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--run")
-    run(main, DiagnoseConfig)
+    name_first_argument("run")
+    with one_sentence():
+        main(parse_config(DiagnoseConfig))

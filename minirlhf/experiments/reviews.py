@@ -22,38 +22,37 @@ Choices:
     A sentence without one is whole the response, to the prompt "...".
  2. Every sentence has one opening, so the comparisons that a trainer holds out (whole prompts) are
     of sentences that it does not train on. The test pairs are of sentences that no stage has seen.
- 3. The baseline knows only words: a word's rating is the mean over the sentences that it occurs in,
-    pulled towards 0 where they are few; a sentence scores the mean over its words.
- 4. Intervals are 95 % bootstraps: of accuracies over sentences (pairs that share a sentence are not
-    independent), of mean scores over prompts.
+ 3. What is measured, and beside what, is in `review_figures.py`.
 """
 
 import html
 import json
 import math
 import os
-import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 
 from minirlhf import ppo, pretrain, reward_model, sft
-from minirlhf.common import check, check_range, random_stream, run
-from minirlhf.data import Tokenizer, encode_prompt, encode_response, format_prompt, pad
-from minirlhf.evaluate import (interval, judge_answers, kl_to_reference, load_policy, read_prompts,
-                               sample_answers)
-from minirlhf.gpt2 import ScalarModel
-from minirlhf.rewards import load_reward
-from minirlhf.weights import open_regular, short, write_atomically, write_json
+from minirlhf.engine.fields import Natural, check_fields
+from minirlhf.engine.options import check, one_sentence, parse_config
+from minirlhf.engine.training import random_stream
+from minirlhf.experiments.review_figures import (
+    FREE,
+    Pair,
+    Sentence,
+    measure_pairs,
+    measure_policies,
+    print_report,
+)
+from minirlhf.files.disk import open_regular, short, write_atomically, write_json
 
 SOURCE = ("get additional_resources/hutto_ICWSM_2014.tar.gz from "
           "github.com/cjhutto/vaderSentiment, unpack it, and name its "
           "movieReviewSnippets_GroundTruth.txt by --data")
 MAX_FILE = 1 << 26              # bytes; the published one has 1.4 million
-FREE = "..."                    # the prompt of a sentence whose beginning few others share
 SHARED_BY = 10                  # sentences that make a beginning an opening
 OPENING_WORDS = 3               # longest opening
 MARGIN = 1.0                    # least difference of two ratings in a comparison
@@ -66,10 +65,10 @@ class ReviewsConfig:
     data: str = "movieReviewSnippets_GroundTruth.txt"    # id, mean rating, text between tabs
     out: str = "checkpoints/reviews"    # folder to write
     quick: bool = False                 # less of everything, clearly worse: under a minute
-    seed: int = 0                       # of the split, the comparisons and all stages
+    seed: Natural = 0                   # of the split, the comparisons and all stages
 
     def __post_init__(self):
-        check_range(self, "seed", 0, 2**31)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,6 @@ QUICK = Sizes(vocab_size=2000, n_embd=48, n_layer=1, context=64, pretrain_steps=
 
 # ---- ratings -------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Sentence:
-    """A rated sentence. `opening` and `rest` are the prompt and the response that it serves as."""
-    text: str
-    rating: float                       # mean of people's ratings, -4 to 4
-    opening: str = ""
-    rest: str = ""
-
-
 def read_ratings(path: str) -> list[Sentence]:
     """The sentences of a ratings file; of equal ones only the first.
 
@@ -120,14 +110,14 @@ def read_ratings(path: str) -> list[Sentence]:
         line = data[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: expected UTF-8 text, found {error.object[error.start]:#x}"
                          ) from None
-    found = {}
+    sentences = {}
     for number, line in enumerate(lines, start=1):
         fields = line.removesuffix("\r").split("\t")
         if number == 1 and fields[0].lower() == "id":
             continue                                     # the header
         sentence = read_sentence(fields, f"{path}:{number}")
-        found.setdefault(sentence.text.lower(), sentence)
-    return list(found.values())
+        sentences.setdefault(sentence.text.lower(), sentence)
+    return list(sentences.values())
 
 
 def read_sentence(fields: list[str], place: str) -> Sentence:
@@ -183,14 +173,7 @@ def cut(sentence: Sentence, openings: set[str]) -> Sentence:
     return Sentence(sentence.text, sentence.rating, FREE, sentence.text)
 
 
-# ---- comparisons and the baseline ----------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Pair:
-    """Two sentences with one opening; people rated `better` at least `MARGIN` above `worse`."""
-    better: Sentence
-    worse: Sentence
-
+# ---- comparisons ---------------------------------------------------------------------------------
 
 def make_pairs(sentences: list[Sentence], each: int, generator: torch.Generator) -> list[Pair]:
     """For every sentence `each` random partners with its opening and another rating; no pair twice.
@@ -217,46 +200,12 @@ def make_pairs(sentences: list[Sentence], each: int, generator: torch.Generator)
     return pairs
 
 
-def words_of(text: str) -> list[str]:
-    """Lower-case words: words_of("It's a joy!") == ["it's", "a", "joy"]."""
-    return re.findall(r"[\w']+", text.lower())
-
-
-def word_ratings(sentences: list[Sentence], pull: float = 5.0) -> dict[str, float]:
-    """Every word's sum of ratings of the sentences that it is in, over their number plus `pull`.
-
-    Example: "good fun" rated 3 and "good grief" rated -1, pull 0: good 1, fun 3, grief -1; with
-    pull 2, good is 2 / 4 = 0.5.
-    """
-    sums, counts = Counter(), Counter()
-    for sentence in sentences:
-        for word in set(words_of(sentence.text)):
-            sums[word] += sentence.rating
-            counts[word] += 1
-    return {word: sums[word] / (counts[word] + pull) for word in counts}
-
-
-def word_score(table: dict[str, float], text: str) -> float:
-    """Mean of the words' ratings; unknown ones count as 0.
-
-    Example: good 1 and fun 3 give "Good, good fun" (1 + 1 + 3) / 3.
-    """
-    words = words_of(text)
-    return sum(table.get(word, 0.0) for word in words) / max(1, len(words))
-
-
 # ---- files ---------------------------------------------------------------------------------------
 
 def write_rows(path: str, rows: list[dict]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_atomically(path, "".join(lines).encode("utf-8"))
-
-
-def write_comparisons(path: str, pairs: list[Pair]) -> None:
-    """Comparisons as `minirlhf.reward_model` reads them."""
-    write_rows(path, [{"prompt": pair.better.opening, "chosen": pair.better.rest,
-                       "rejected": pair.worse.rest} for pair in pairs])
 
 
 def write_files(parts: dict[str, list[Sentence]], cfg: ReviewsConfig, sizes: Sizes) -> list[Pair]:
@@ -270,7 +219,9 @@ def write_files(parts: dict[str, list[Sentence]], cfg: ReviewsConfig, sizes: Siz
     for number, name in enumerate(("a", "b", "test"), start=1):
         each = sizes.pairs if name != "test" else 4
         pairs = make_pairs(parts[name], each, random_stream(cfg.seed, number))
-        write_comparisons(os.path.join(folder, f"comparisons_{name}.jsonl"), pairs)
+        write_rows(os.path.join(folder, f"comparisons_{name}.jsonl"),
+                   [{"prompt": pair.better.opening, "chosen": pair.better.rest,
+                     "rejected": pair.worse.rest} for pair in pairs])
     write_rows(os.path.join(folder, "prompts.jsonl"),
                [{"prompt": sentence.opening} for sentence in seen])
     write_rows(os.path.join(folder, "held_out_prompts.jsonl"),
@@ -291,152 +242,20 @@ def configs(cfg: ReviewsConfig, sizes: Sizes, sentences: int) -> dict[str, tuple
             save_every=max(1, sizes.pretrain_steps // 4), seed=cfg.seed)),
         "sft": (sft.main, sft.SFTConfig(
             model=folder("base"), data=folder("demonstrations.jsonl"), examples=0,
-            held_out=sentences // 50, epochs=sizes.sft_epochs, max_new_tokens=sizes.max_new_tokens,
-            eval_every=100, out=folder("sft"), seed=cfg.seed))}
+            held_out=sentences // 50, in_order=True, epochs=sizes.sft_epochs,
+            max_new_tokens=sizes.max_new_tokens, eval_every=100, out=folder("sft"),
+            seed=cfg.seed))}
     for name in ("a", "b"):
         stages[f"reward model {name.upper()}"] = (reward_model.main, reward_model.RewardModelConfig(
             model=folder("sft"), data=folder(f"comparisons_{name}.jsonl"), comparisons=0,
-            held_out=sentences // 30, lr=sizes.reward_lr, max_new_tokens=sizes.max_new_tokens,
-            eval_every=100, out=folder(f"reward_model_{name}"), seed=cfg.seed))
+            held_out=sentences // 30, in_order=True, lr=sizes.reward_lr,
+            max_new_tokens=sizes.max_new_tokens, eval_every=100,
+            out=folder(f"reward_model_{name}"), seed=cfg.seed))
     stages["PPO"] = (ppo.main, ppo.PPOConfig(
         model=folder("sft"), reward=folder("reward_model_a"), prompts=folder("prompts.jsonl"),
         prompt_count=0, gold="", iterations=sizes.iterations, kl_coef=sizes.kl_coef,
         max_new_tokens=sizes.max_new_tokens, out=folder("ppo"), seed=cfg.seed))
     return stages
-
-
-# ---- measuring -----------------------------------------------------------------------------------
-
-def pair_figures(right: np.ndarray, pairs: list[Pair], seed: int) -> dict[str, float]:
-    """Accuracy over pairs with its interval over sentences: {"mean", "low", "high"}.
-
-    right (N,): 1, 0 or 0.5 for a tie. A resample draws sentences with replacement; a pair counts as
-    often as its two sentences were drawn together: the product of their numbers.
-    """
-    number = {}
-    for pair in pairs:
-        for sentence in (pair.better, pair.worse):
-            number.setdefault(sentence, len(number))
-    better = np.array([number[pair.better] for pair in pairs])                      # (N,)
-    worse = np.array([number[pair.worse] for pair in pairs])                        # (N,)
-    stream, means = np.random.default_rng(seed), []
-    for _ in range(1000):
-        drawn = np.bincount(stream.integers(len(number), size=len(number)), minlength=len(number))
-        weights = drawn[better] * drawn[worse]                                      # (N,)
-        if weights.sum() > 0:
-            means.append((weights * right).sum() / weights.sum())
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(right.mean()), "low": float(low), "high": float(high)}
-
-
-def outcomes(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """1 where the better sentence scores higher, 0 where lower, 0.5 for a tie. (N,) each."""
-    return (better > worse) + 0.5 * (better == worse)
-
-
-def sentence_scores(model: ScalarModel, tokenizer: Tokenizer,
-                    sentences: list[Sentence]) -> dict[Sentence, float]:
-    """A reward model's score of real sentences; those longer than its context are left out."""
-    rows = {sentence: encode_prompt(tokenizer, format_prompt(sentence.opening))
-            + encode_response(tokenizer, sentence.rest) for sentence in sentences}
-    kept = [s for s in rows if len(rows[s]) <= model.config.n_positions]
-    scores = {}
-    with torch.no_grad():
-        for first in range(0, len(kept), 64):
-            batch = kept[first:first + 64]
-            ids, lengths = pad([rows[sentence] for sentence in batch], tokenizer.end_token)
-            scores.update(zip(batch, model.score(ids, lengths).tolist()))
-    return scores
-
-
-def measure_pairs(parts: dict[str, list[Sentence]], pairs: list[Pair],
-                  cfg: ReviewsConfig) -> tuple[dict, dict]:
-    """Accuracies on the test pairs; what A and B give to badly and well rated test sentences."""
-    scorers = {"longer is better": {s: float(len(s.text)) for s in parts["test"]}}
-    for name in ("a", "b"):
-        table = word_ratings(parts[name])
-        scorers[f"words {name.upper()}"] = {s: word_score(table, s.text) for s in parts["test"]}
-    scale = {}
-    for name in ("a", "b"):
-        folder = os.path.join(cfg.out, f"reward_model_{name}")
-        scores = sentence_scores(ScalarModel.from_pretrained(folder), Tokenizer.load(folder),
-                                 parts["test"])
-        scorers[f"reward model {name.upper()}"] = scores
-        scale[name.upper()] = {
-            "rated below -1": float(np.mean([scores[s] for s in scores if s.rating < -1])),
-            "rated above 1": float(np.mean([scores[s] for s in scores if s.rating > 1]))}
-    fits = [pair for pair in pairs if pair.better in scores and pair.worse in scores]
-    found = {"pairs": len(fits), "left out as too long": len(pairs) - len(fits)}
-    for name, scores in scorers.items():
-        right = outcomes(np.array([scores[pair.better] for pair in fits]),
-                         np.array([scores[pair.worse] for pair in fits]))           # (N,)
-        found[name] = pair_figures(right, fits, cfg.seed)
-    return found, scale
-
-
-def whole(opening: str, response: str) -> str:
-    """The sentence that prompt and response make."""
-    return response if opening == FREE else f"{opening} {response}"
-
-
-def measure_policies(parts: dict[str, list[Sentence]], cfg: ReviewsConfig, sizes: Sizes) -> dict:
-    """Fresh responses of the SFT model and of PPO's policy to held-out openings, by every judge."""
-    table = word_ratings(parts["b"])
-    ref_policy, tokenizer = load_policy(os.path.join(cfg.out, "sft"))
-    prompts, _ = read_prompts(os.path.join(cfg.out, "held_out_prompts.jsonl"), 0, cfg.seed,
-                              tokenizer, ref_policy.config.n_positions - sizes.max_new_tokens)
-    openings = [sentence.opening for sentence in parts["test"][:sizes.answers]]
-    found, figures = {}, {}
-    for stream, name in enumerate(("sft", "ppo")):
-        policy, _ = load_policy(os.path.join(cfg.out, name), tokenizer)
-        answers = sample_answers(policy, tokenizer, prompts, 1, max_new_tokens=sizes.max_new_tokens,
-                                 seed=cfg.seed, stream=stream)
-        texts = [whole(opening, row[0]) for opening, row in zip(openings, answers.texts)]
-        values = {"words B": np.array([word_score(table, text) for text in texts])}     # (P,) each
-        for judge in ("a", "b"):
-            reward = load_reward(os.path.join(cfg.out, f"reward_model_{judge}"), "mean", tokenizer)
-            scores = judge_answers(answers, reward, tokenizer)                      # (P, 1)
-            values[f"score of {judge.upper()}"] = scores[:, 0]
-        values["kl_ref"] = kl_to_reference(policy, ref_policy, answers)[:, 0]
-        values["length"] = answers.lengths[:, 0].astype(float)
-        values["end_rate"] = answers.ended[:, 0].astype(float)
-        words = [word for text in texts for word in words_of(text)]
-        found[name] = {key: interval(value, cfg.seed) for key, value in values.items()}
-        found[name]["different words"] = len(set(words)) / len(words)
-        found[name]["texts"], figures[name] = texts, values
-    found["change"] = {key: interval(figures["ppo"][key] - figures["sft"][key], cfg.seed)
-                       for key in figures["sft"]}
-    return found
-
-
-# ---- the report ----------------------------------------------------------------------------------
-
-def cell(figure: dict[str, float]) -> str:
-    """A figure and its interval: 0.80 [0.77, 0.83]."""
-    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
-
-
-def print_report(report: dict, samples: int = 6) -> None:
-    """The accuracies, the scores before and after PPO, and sentences side by side."""
-    accuracies, policies = report["accuracy"], report["policies"]
-    before, after, change = policies["sft"], policies["ppo"], policies["change"]
-    print(f"\naccuracy on {accuracies['pairs']} pairs of held-out sentences (chance 0.50)")
-    for name, figure in accuracies.items():
-        if isinstance(figure, dict):
-            print(f"  {name:18} {cell(figure)}")
-    print(f"\n{len(before['texts'])} fresh sentences of each policy, to held-out openings\n"
-          f"  {'':18} {'SFT':23} {'after PPO':23} change")
-    for name in change:
-        print(f"  {name:18} {cell(before[name]):23} {cell(after[name]):23} {cell(change[name])}")
-    print(f"  {'different words':18} {before['different words']:<23.2f} "
-          f"{after['different words']:.2f}")
-    print("\nfor scale, what real held-out sentences score")
-    for name, scores in report["scale"].items():
-        cells = ", ".join(f"{rated} {score:.2f}" for rated, score in scores.items())
-        print(f"  by {name}: {cells}")
-    print("\nSFT | after PPO")
-    for left, right in list(zip(before["texts"], after["texts"]))[:samples]:
-        print(f"  {left}\n      | {right}")
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -456,8 +275,8 @@ def main(cfg: ReviewsConfig, sizes: Sizes | None = None) -> dict:
         stage_main(stage_cfg)
         seconds[name] = time.perf_counter() - started
     started = time.perf_counter()
-    accuracies, scale = measure_pairs(parts, pairs, cfg)
-    policies = measure_policies(parts, cfg, sizes)
+    accuracies, scale = measure_pairs(parts, pairs, cfg.out, cfg.seed)
+    policies = measure_policies(parts, cfg.out, cfg.seed, sizes.answers, sizes.max_new_tokens)
     seconds["measuring"] = time.perf_counter() - started
     report = {"sentences": {name: len(part) for name, part in parts.items()}, "seed": cfg.seed,
               "quick": cfg.quick, "sizes": asdict(sizes), "accuracy": accuracies,
@@ -468,4 +287,5 @@ def main(cfg: ReviewsConfig, sizes: Sizes | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, ReviewsConfig)
+    with one_sentence():
+        main(parse_config(ReviewsConfig))

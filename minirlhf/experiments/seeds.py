@@ -3,68 +3,96 @@
     python -m minirlhf.experiments.seeds --seeds 5 --jobs 2
 
 Each seed gives new demonstrations, comparisons, reward models and PPO runs; only the base model is
-the same. Writes `seeds.json` and prints the README's table. A seed whose report is already there is
-not run again. `--jobs 2` runs two pipelines at a time with one thread each, which is faster on two
-cores than one after the other with two threads; the seconds it reports are then of such runs.
-
+the same. Writes `seeds.json` and prints a table. A seed whose report is already there is not run
+again, if it is of the same base (by its weights and its tokenizer) and the same plan; a report of
+another one is refused. `--jobs 2` runs two pipelines at a time with one thread each, which is
+faster on two cores than one after the other with two threads; the seconds it reports are then of
+such runs.
 Lecture: lectures/03-ppo.md, "Did it get better?".
 """
 
 import os
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 
-from minirlhf.common import check, check_range, run
-from minirlhf.weights import read_json, write_json
+from minirlhf.__main__ import Plan
+from minirlhf.engine.fields import Count, check_fields
+from minirlhf.engine.options import check, one_sentence, parse_config
+from minirlhf.engine.state import fingerprint
+from minirlhf.evaluate import load_policy
+from minirlhf.files.disk import open_own, read_json, write_json
+
+BASE_FILE = "base.json"             # in a seed's folder: the fingerprint of its base model
 
 
 @dataclass(frozen=True)
 class SeedsConfig:
     """Options of `python -m minirlhf.experiments.seeds`."""
-    seeds: int = 5                      # pipelines, with seeds 0, 1, 2, ...
-    jobs: int = 1                       # pipelines at a time; each gets its share of the threads
+    seeds: Count = 5                    # pipelines, with seeds 0, 1, 2, ...
+    jobs: Count = 1                     # pipelines at a time; each gets its share of the threads
     base: str = "checkpoints/tiny"      # base model of all of them
-    out: str = "checkpoints/seeds"      # one folder a seed, and seeds.json
+    out: str = "checkpoints/seeds"      # one folder per seed, and seeds.json
 
     def __post_init__(self):
-        check_range(self, "seeds", 1, 1000)
-        check_range(self, "jobs", 1, 64)
+        check_fields(self)
 
 
-def start(cfg: SeedsConfig, seed: int) -> subprocess.Popen:
-    """Start the pipeline of one seed; its output goes to log.txt in its folder."""
+def fingerprint_base(folder: str) -> str:
+    """What tells one base model from another: its weights and its vocabulary, not its name."""
+    network, tokenizer = load_policy(folder)
+    return fingerprint(network, sorted(tokenizer.vocabulary().items()), tokenizer.merges)
+
+
+def read_report(cfg: SeedsConfig, seed: int, base: str) -> dict | None:
+    """The report of a seed that is there already, None without one. `base` is a fingerprint.
+
+    Raises: ValueError naming the file that is of another base, plan or seed, or no report.
+    """
     folder = os.path.join(cfg.out, str(seed))
-    os.makedirs(folder, exist_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
-    words = [sys.executable, "-m", "minirlhf", "--seed", str(seed), "--base", cfg.base,
-             "--out", folder]
-    with open(os.path.join(folder, "log.txt"), "w", encoding="utf-8") as log:
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT,
-                                env={**os.environ, "OMP_NUM_THREADS": threads})
+    path, beside = os.path.join(folder, "report.json"), os.path.join(folder, BASE_FILE)
+    away, there = f"name another folder by --out, or move {folder} away", os.path.lexists(path)
+    if there or os.path.lexists(beside):
+        of_base = read_json(beside).get("base") if os.path.lexists(beside) else None
+        check(of_base == base, f"{folder} holds a pipeline of another base model than {cfg.base}, "
+              f"or no {BASE_FILE} that says of which; {away}")
+    if not there:
+        return None
+    report = read_json(path)
+    for name, expected in (("plan", asdict(Plan())), ("seed", seed), ("quick", False)):
+        check(report.get(name) == expected, f"{path}: {name} is {str(report.get(name))[:200]}, "
+              f"expected {expected}; {away}")
+    try:
+        summarise([report])
+        format(report["seconds"]["total"], ".0f")
+        for name in ("reward_model_accuracy", "reward_model_calibration_error"):
+            check(len(report[name]) == Plan.reward_models, name)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{path}: expected the report of a pipeline, found other values; "
+                         f"{away}") from None
+    return report
 
 
-def run_all(cfg: SeedsConfig) -> list[dict]:
-    """Run the pipelines that have no report yet, `jobs` at a time; the reports by seed."""
-    paths = [os.path.join(cfg.out, str(seed), "report.json") for seed in range(cfg.seeds)]
-    waiting = [seed for seed in range(cfg.seeds) if not os.path.exists(paths[seed])]
-    running: dict[int, subprocess.Popen] = {}
-    while waiting or running:
-        while waiting and len(running) < cfg.jobs:
-            seed = waiting.pop(0)
-            running[seed] = start(cfg, seed)
-            print(f"seed {seed}: started", flush=True)
-        time.sleep(1)
-        for seed, process in list(running.items()):
-            if process.poll() is not None:
-                log = os.path.join(cfg.out, str(seed), "log.txt")
-                check(process.returncode == 0, f"the pipeline of seed {seed} failed; see {log}")
-                report = read_json(paths[seed])
-                print(f"seed {seed}: win rate {report['win_rate']['mean']:.3f}, "
-                      f"{report['seconds']['total']:.0f} s", flush=True)
-                running.pop(seed)
-    return [read_json(path) for path in paths]
+def run_pipeline(cfg: SeedsConfig, seed: int, base: str) -> dict:
+    """The report of one seed, whose pipeline is run if need be; its output goes to log.txt."""
+    folder = os.path.join(cfg.out, str(seed))
+    log, report = os.path.join(folder, "log.txt"), read_report(cfg, seed, base)
+    if report is None:
+        write_json(os.path.join(folder, BASE_FILE), {"base": base})
+        print(f"seed {seed}: started", flush=True)
+        threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
+        words = [sys.executable, "-m", "minirlhf", "--seed", str(seed), "--base", cfg.base,
+                 "--out", folder]
+        with open_own(log, "wb") as file:
+            done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT,
+                                  env={**os.environ, "OMP_NUM_THREADS": threads})
+        check(done.returncode == 0, f"the pipeline of seed {seed} failed; see {log}")
+        report = read_report(cfg, seed, base)
+        check(report is not None, f"{folder}: the pipeline wrote no report; see {log}")
+    print(f"seed {seed}: win rate {report['win_rate']['mean']:.3f}, "
+          f"{report['seconds']['total']:.0f} s", flush=True)
+    return report
 
 
 def summarise(reports: list[dict]) -> str:
@@ -95,11 +123,17 @@ def summarise(reports: list[dict]) -> str:
 
 def main(cfg: SeedsConfig) -> list[dict]:
     """Run, save and summarise; returns the reports."""
-    reports = run_all(cfg)
+    base = fingerprint_base(cfg.base)
+    for seed in range(cfg.seeds):
+        read_report(cfg, seed, base)                     # refuse now, not after hours
+    with ThreadPoolExecutor(cfg.jobs) as pool:           # a thread only waits for its pipeline
+        reports = list(pool.map(run_pipeline, [cfg] * cfg.seeds, range(cfg.seeds),
+                                [base] * cfg.seeds))
     write_json(os.path.join(cfg.out, "seeds.json"), {"reports": reports})
     print(summarise(reports))
     return reports
 
 
 if __name__ == "__main__":
-    run(main, SeedsConfig)
+    with one_sentence():
+        main(parse_config(SeedsConfig))

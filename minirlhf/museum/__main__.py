@@ -18,11 +18,13 @@ import os
 import textwrap
 from dataclasses import dataclass
 
-from minirlhf.common import check_range, run
-from minirlhf.museum.effect import FIGURES, Measurements, effect_table
+from minirlhf.engine.fields import Count, check_fields
+from minirlhf.engine.options import one_sentence, parse_config, printable
+from minirlhf.files.disk import write_json
+from minirlhf.museum.effect import FIGURES, effect_table, measure, read_effects
 from minirlhf.museum.exhibits import EXHIBITS, GUARDED, Exhibit, find
+from minirlhf.museum.short_runs import check_stages
 from minirlhf.plots import BLUE, ORANGE, Panel, curve, write_picture
-from minirlhf.weights import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class MuseumConfig:
     """Options of `python -m minirlhf.museum`."""
     show: str = ""                      # exhibit whose code and measured effect are printed
     run: str = ""                       # exhibit to run, or all
-    seeds: int = 3                      # runs with the mistake, and as many without
+    seeds: Count = 3                    # runs with the mistake, and as many without
     stages: str = "checkpoints"         # folder with tiny, sft and reward_model, for --run
     out: str = "checkpoints/museum"     # folder of museum.json and the pictures, for --run
     results: str = "lectures/results/museum.json"    # measured effects that --show prints
 
     def __post_init__(self):
-        check_range(self, "seeds", 1, 100)
+        check_fields(self)
         for name in (self.show, self.run):
             if name not in ("", "all"):
                 find(name)
@@ -55,10 +57,9 @@ def body_of(function) -> list[str]:
 def both_codes(exhibit: Exhibit) -> str:
     """The right function and its wrong twin, one below the other."""
     owner, name = exhibit.places[0]
-    place = f"{owner.__module__}.{owner.__name__}" if inspect.isclass(owner) else owner.__name__
-    twin = f"{exhibit.wrong.__module__}.{exhibit.wrong.__name__}"
-    return "\n".join([f"right: {place}.{name}", *body_of(getattr(owner, name)), "",
-                      f"WRONG: {twin}", *body_of(exhibit.wrong)])
+    right, wrong = getattr(owner, name), exhibit.wrong
+    return "\n".join([f"right: {right.__module__}.{right.__qualname__}", *body_of(right), "",
+                      f"WRONG: {wrong.__module__}.{wrong.__name__}", *body_of(wrong)])
 
 
 def label(exhibit: Exhibit) -> str:
@@ -66,26 +67,25 @@ def label(exhibit: Exhibit) -> str:
     caught = f"caught by  tests/{exhibit.test}"
     if exhibit.stops:
         caught += f"\n           and, while the trainer runs, by {exhibit.stops}"
-    return f"{exhibit.name}: {exhibit.mistake}\nseen in    {exhibit.seen}\n{caught}"
+    return f"{exhibit.name}: {exhibit.wrong.__doc__}\nseen in    {exhibit.seen}\n{caught}"
 
 
 def list_exhibits() -> str:
     """All exhibits, one line each, and what else is guarded."""
     lines = ["Mistakes that can be switched on (--show NAME, --run NAME):", ""]
-    lines += [f"  {exhibit.name:18}{exhibit.mistake}" for exhibit in EXHIBITS]
-    lines += ["", "Mistakes that no wrong function makes, and the test that guards against them:",
-              ""]
-    lines += [f"  {guarded.mistake}  ({guarded.seen})\n      tests/{guarded.test}"
-              for guarded in GUARDED]
+    lines += [f"  {exhibit.name:18}{exhibit.wrong.__doc__}" for exhibit in EXHIBITS]
+    lines += ["", "Mistakes that no wrong function makes, and the test that guards against them:"]
+    lines += [f"\n  {mistake}  ({seen})\n      tests/{test}" for mistake, seen, test in GUARDED]
     return "\n".join(lines)
 
 
 def show(exhibit: Exhibit, results: str) -> str:
-    """Label, code, and the measured effect if there is one."""
+    """Label, code, and the measured effect if there is one. Our own results need not be there."""
     parts = [label(exhibit), both_codes(exhibit)]
-    effects = read_json(results)["effects"] if os.path.exists(results) else {}
+    ours = results == MuseumConfig.results
+    effects = {} if ours and not os.path.lexists(results) else read_effects(results)
     if exhibit.name in effects:
-        parts.append(f"Measured ({results}):\n{effect_table(effects[exhibit.name])}")
+        parts.append(printable(f"Measured ({results}):\n{effect_table(effects[exhibit.name])}"))
     else:
         parts.append(f"Its effect: python -m minirlhf.museum --run {exhibit.name}")
     return "\n\n".join(parts)
@@ -102,24 +102,14 @@ def draw_runs(exhibit: Exhibit, rows: list[list[dict]], path: str) -> None:
     write_picture([panels[i:i + 3] for i in range(0, len(panels), 3)], path)
 
 
-def check_stages(cfg: MuseumConfig) -> None:
-    """Fail now if a stage that --run starts from is missing."""
-    for name in ("tiny", "sft", "reward_model"):
-        folder = os.path.join(cfg.stages, name)
-        if not os.path.exists(os.path.join(folder, "model.safetensors")):
-            raise FileNotFoundError(f"{folder}: expected a finished stage, found none; make the "
-                                    "stages with: python -m minirlhf")
-
-
 def run_exhibits(cfg: MuseumConfig) -> dict:
     """Run one exhibit or all, print and save what they do."""
-    check_stages(cfg)
-    measurements = Measurements(cfg.stages, cfg.seeds)
+    check_stages(cfg.stages, "tiny", "sft", "reward_model")
     path = os.path.join(cfg.out, "museum.json")
     os.makedirs(cfg.out, exist_ok=True)
-    effects = {}
+    effects, right_runs = {}, {}
     for exhibit in EXHIBITS if cfg.run == "all" else [find(cfg.run)]:
-        effect, rows = measurements.measure(exhibit)
+        effect, rows = measure(exhibit, cfg.seeds, cfg.stages, right_runs)
         effects[exhibit.name] = effect
         print(f"{label(exhibit)}\n\n{effect_table(effect)}\n", flush=True)
         draw_runs(exhibit, rows, os.path.join(cfg.out, f"{exhibit.name}.png"))
@@ -140,4 +130,5 @@ def main(cfg: MuseumConfig) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, MuseumConfig)
+    with one_sentence():
+        main(parse_config(MuseumConfig))

@@ -1,22 +1,22 @@
 """Runs a trainer with a mistake switched on, beside the same run without, and compares figures."""
 
-import contextlib
-import io
 import os
 import tempfile
 
-from minirlhf import ppo, reward_model, sft
-from minirlhf.common import random_stream, read_metrics
-from minirlhf.data import Tokenizer, encode_prompt, format_prompt
-from minirlhf.gpt2 import GPT2, generate
+from minirlhf.data import encode_prompt, format_prompt
+from minirlhf.engine.metrics import read_metrics
+from minirlhf.engine.options import check
+from minirlhf.engine.training import random_stream
+from minirlhf.files.disk import read_json
+from minirlhf.files.pretrained import load_network
+from minirlhf.generate import generate
+from minirlhf.gpt2 import GPT2
 from minirlhf.museum.exhibits import Exhibit
-from minirlhf.museum.substitute import ignore, substituted
+from minirlhf.museum.short_runs import UNCHECKED, short_run
+from minirlhf.tokenizer import Tokenizer
 from minirlhf.world import prompts
 
-TRAINERS = {"sft": (sft.main, sft.SFTConfig), "ppo": (ppo.main, ppo.PPOConfig),
-            "reward_model": (reward_model.main, reward_model.RewardModelConfig)}
-
-# small enough for a few seconds a run, large enough for the curves to have their shape
+# small enough for a few seconds per run, large enough for the curves to have their shape
 OPTIONS = {"sft": {"examples": 500, "held_out": 100, "eval_every": 10},
            "reward_model": {"comparisons": 900, "held_out": 300, "eval_every": 10},
            "ppo": {"iterations": 10, "batch_size": 24, "minibatch_size": 12}}
@@ -26,27 +26,13 @@ FIGURES = {"sft": ("loss", "held_out_loss", "grad_norm"),
            "ppo": ("score", "gold", "kl_ref", "kl_old", "entropy", "clipfrac", "ratio_first",
                    "vf_loss", "explained_var", "response_len", "end_rate", "grad_norm")}
 
-# what a program without our checks does not do
-UNCHECKED = [(ppo, "check", ignore), (ppo, "check_invariants", ignore)]
-
-
-def start(stage: str, stages: str) -> dict:
-    """The checkpoints that a stage starts from."""
-    if stage == "sft":
-        return {"model": os.path.join(stages, "tiny")}
-    found = {"model": os.path.join(stages, "sft")}
-    return {**found, "reward": os.path.join(stages, "reward_model")} if stage == "ppo" else found
-
 
 def run_once(exhibit: Exhibit, seed: int, stages: str, replacements: list[tuple]) -> list[dict]:
     """The rows of metrics of one run; the last row of an SFT run also has `sampled_end_rate`."""
-    main, config = TRAINERS[exhibit.stage]
+    options = {**OPTIONS[exhibit.stage], **exhibit.options, "seed": seed}
     with tempfile.TemporaryDirectory() as scratch:
         out = os.path.join(scratch, "run")
-        cfg = config(**{**start(exhibit.stage, stages), **OPTIONS[exhibit.stage],
-                        **exhibit.options, "seed": seed, "out": out})
-        with substituted(replacements), contextlib.redirect_stdout(io.StringIO()):
-            main(cfg)
+        short_run(exhibit.stage, stages, out, options, replacements)
         rows = read_metrics(out)
         if exhibit.stage == "sft":
             rows[-1]["sampled_end_rate"] = sampled_end_rate(out, seed)
@@ -55,7 +41,7 @@ def run_once(exhibit: Exhibit, seed: int, stages: str, replacements: list[tuple]
 
 def sampled_end_rate(folder: str, seed: int) -> float:
     """Share of 100 responses of an SFT model that end by themselves within 32 tokens."""
-    policy, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
+    policy, tokenizer = load_network(GPT2, folder), Tokenizer.load(folder)
     rows = [encode_prompt(tokenizer, format_prompt(record["prompt"]))
             for record in prompts(100, seed)]
     made = generate(policy, rows, 32, end_token=tokenizer.end_token,
@@ -65,50 +51,68 @@ def sampled_end_rate(folder: str, seed: int) -> float:
 
 def figures(stage: str, rows: list[dict]) -> dict[str, float]:
     """Mean of the last quarter of the values of each figure."""
-    found = {}
+    means = {}
     for name in (*FIGURES[stage], "sampled_end_rate"):
         values = [row[name] for row in rows if name in row]
         if values:
             last = values[-max(1, len(values) // 4):]
-            found[name] = sum(last) / len(last)
-    return found
+            means[name] = sum(last) / len(last)
+    return means
 
 
-class Measurements:
-    """Effects of exhibits over several seeds; the right runs are made once for all of them."""
+def measure(exhibit: Exhibit, seeds: int, stages: str,
+            right_runs: dict) -> tuple[dict, list[list[dict]]]:
+    """The effect of one exhibit, and the rows of the right and the wrong run of seed 0.
 
-    def __init__(self, stages: str, seeds: int):
-        self.stages, self.seeds = stages, range(seeds)
-        self.right: dict[tuple, list[dict]] = {}
-
-    def right_rows(self, exhibit: Exhibit, seed: int) -> list[dict]:
-        """The rows of the run without any mistake."""
+    `stopped` is the message with which our checks end the run; the figures are then those of the
+    run with the checks taken away too. `right_runs` keeps the runs without a mistake: several
+    exhibits are compared with the same ones.
+    """
+    effect: dict = {"stage": exhibit.stage, "stopped": "", "right": {}, "wrong": {}}
+    shown: list[list[dict]] = []
+    for seed in range(seeds):
+        try:
+            wrong = run_once(exhibit, seed, stages, exhibit.replacements())
+        except ValueError as error:
+            effect["stopped"] = str(error)
+            wrong = run_once(exhibit, seed, stages, [*exhibit.replacements(), *UNCHECKED])
         key = (exhibit.stage, str(exhibit.options), seed)
-        if key not in self.right:
-            self.right[key] = run_once(exhibit, seed, self.stages, [])
-        return self.right[key]
+        if key not in right_runs:
+            right_runs[key] = run_once(exhibit, seed, stages, [])
+        shown = shown or [right_runs[key], wrong]
+        for side, rows in (("right", right_runs[key]), ("wrong", wrong)):
+            for name, value in figures(exhibit.stage, rows).items():
+                effect[side].setdefault(name, []).append(value)
+    return effect, shown
 
-    def measure(self, exhibit: Exhibit) -> tuple[dict, list[list[dict]]]:
-        """The effect of one exhibit, and the rows of the right and the wrong run of seed 0.
 
-        `stopped` is the message with which our checks end the run; the figures are then those of
-        the run with the checks taken away too.
-        """
-        effect: dict = {"stage": exhibit.stage, "stopped": "", "right": {}, "wrong": {}}
-        shown: list[list[dict]] = []
-        for seed in self.seeds:
-            replacements = exhibit.replacements()
-            try:
-                wrong = run_once(exhibit, seed, self.stages, replacements)
-            except ValueError as error:
-                effect["stopped"] = str(error)
-                wrong = run_once(exhibit, seed, self.stages, [*replacements, *UNCHECKED])
-            right = self.right_rows(exhibit, seed)
-            shown = shown or [right, wrong]
-            for side, rows in (("right", right), ("wrong", wrong)):
-                for name, value in figures(exhibit.stage, rows).items():
-                    effect[side].setdefault(name, []).append(value)
-        return effect, shown
+def read_effects(path: str) -> dict[str, dict]:
+    """The effects in a file that `measure` filled: name of the exhibit -> effect.
+
+    Raises: ValueError naming the file, and the exhibit, for anything else.
+    """
+    effects = read_json(path).get("effects")
+    check(isinstance(effects, dict), f"{path}: expected effects, as python -m minirlhf.museum "
+          "--run writes them into museum.json; found none")
+    for name, effect in effects.items():
+        check(is_effect(effect), f"{path}: the effect of {name[:60]!r} is not one that python -m "
+              "minirlhf.museum --run writes: expected stopped, and under right and wrong the same "
+              "figures with as many numbers each")
+    return effects
+
+
+def is_effect(effect) -> bool:
+    """Whether a value from a file has the form of an effect."""
+    if not isinstance(effect, dict) or not isinstance(effect.get("stopped"), str):
+        return False
+    right, wrong = effect.get("right"), effect.get("wrong")
+    if not isinstance(right, dict) or not isinstance(wrong, dict) or not right:
+        return False
+    figures = [*right.values(), *wrong.values()]
+    lists = all(isinstance(values, list) and values for values in figures)
+    return (set(right) == set(wrong) and lists
+            and len({len(values) for values in figures}) == 1
+            and all(type(value) in (int, float) for values in figures for value in values))
 
 
 def differs(right: list[float], wrong: list[float]) -> bool:
@@ -129,13 +133,12 @@ def effect_table(effect: dict) -> str:
     if effect["stopped"]:
         lines += ["Our checks stop this run:", f"  {effect['stopped']}",
                   "What follows is a run with the checks taken away too.", ""]
-    seeds = len(next(iter(effect["right"].values())))
+    seeds, mark = len(next(iter(effect["right"].values()))), "   <-- by more than seeds do"
     lines.append(f"{'mean of the end of ' + str(seeds) + ' runs':32}{'right':>12}{'wrong':>12}")
     for name, right in effect["right"].items():
         wrong = effect["wrong"][name]
-        mark = "   <-- by more than seeds do" if differs(right, wrong) else ""
-        lines.append(f"{name:32}{sum(right) / len(right):12.4g}{sum(wrong) / len(wrong):12.4g}"
-                     f"{mark}")
-    if not any(differs(right, effect["wrong"][name]) for name, right in effect["right"].items()):
+        lines.append(f"{name:32}{sum(right) / seeds:12.4g}{sum(wrong) / seeds:12.4g}"
+                     f"{mark if differs(right, wrong) else ''}")
+    if not any(line.endswith(mark) for line in lines):
         lines += ["", "No figure differs by more than seeds do: only a test shows this mistake."]
     return "\n".join(lines)

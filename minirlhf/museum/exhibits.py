@@ -8,7 +8,8 @@ Lecture: lectures/03-ppo.md, "Bugs that run".
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from minirlhf import common, gpt2, ppo, sft
+from minirlhf import generate, gpt2, ppo, ppo_report, sft
+from minirlhf.engine import training
 from minirlhf.museum import mistakes
 
 
@@ -16,10 +17,9 @@ from minirlhf.museum import mistakes
 class Exhibit:
     """One mistake that can be switched on."""
     name: str
-    mistake: str                        # what is wrong, in one sentence
     seen: str                           # where it was found in published code
     places: tuple                       # (owner, name) where the right function is looked up
-    wrong: Callable                     # its twin in mistakes.py
+    wrong: Callable                     # its twin in mistakes.py, whose docstring is the mistake
     stage: str                          # the trainer in which the effect is measured
     test: str                           # file::function in tests/ that fails while it is on
     stops: str = ""                     # the check of the trainer that stops the run, if one does
@@ -31,98 +31,72 @@ class Exhibit:
 
 
 EXHIBITS = [
-    Exhibit("temperature", "Tokens are sampled at temperature 0.7 and scored at 1.",
-            "the lecture that this course replaces; trl issue 3169; OpenRLHF pull request 853",
-            ((gpt2, "next_logprobs"),), mistakes.next_logprobs, "ppo",
-            "test_gpt2.py::test_log_probabilities_of_the_sampling_equal_those_of_a_full_forward"
-            "_pass", "check_invariants"),
-    Exhibit("dropout", "Dropout is on in the update and off in the rollout.",
-            "the lecture that this course replaces; trlx issue 107; trl issues 4 and 454",
+    Exhibit("temperature", "the seed lecture; trl issue 3169; OpenRLHF pull request 853",
+            ((generate, "next_logprobs"),), mistakes.next_logprobs, "ppo",
+            "test_generate.py::test_log_probabilities_of_the_sampling_equal_those_of_a_full_forward"
+            "_pass", "check_rollout"),
+    Exhibit("dropout", "the seed lecture; trlx issue 107; trl issues 4 and 454",
             ((gpt2.MLP, "forward"),), mistakes.mlp_forward, "ppo",
-            "test_museum.py::test_a_run_keeps_its_invariants", "the first ratio of update"),
-    Exhibit("pad_mask", "The loss leaves out every padding id, and with it the end token.",
-            "rlhf-book; minChatGPT; mlabonne/llm-course issue 33",
+            "test_museum.py::test_a_run_keeps_its_invariants", "check_first_ratio"),
+    Exhibit("pad_mask", "rlhf-book; minChatGPT; mlabonne/llm-course issue 33",
             ((sft, "make_batch"),), mistakes.make_batch_with_pad_mask, "sft",
             "test_sft.py::test_the_end_token_gets_gradient_and_prompt_and_padding_get_none"),
-    Exhibit("late_score", "The score stands one column behind the last action.",
-            "summarize_from_feedback_details; trl issue 3750",
+    Exhibit("late_score", "summarize_from_feedback_details; trl issue 3750",
             ((ppo, "shaped_rewards"),), mistakes.score_one_too_late, "ppo",
-            "test_ppo.py::test_the_score_is_exactly_at_the_last_action", "check_invariants"),
-    Exhibit("early_whitening", "Returns are taken from whitened advantages.",
-            "RLHF_in_notebooks",
+            "test_ppo.py::test_the_score_is_exactly_at_the_last_action", "check_rollout"),
+    Exhibit("early_whitening", "RLHF_in_notebooks",
             ((ppo, "gae"),), mistakes.gae_whitened_too_early, "ppo",
             "test_ppo.py::test_gae_hand_example"),
-    Exhibit("mean_added_back", "Whitening adds the mean back that it has taken away.",
-            "RLHF_in_notebooks",
-            ((common, "whiten"), (ppo, "whiten")), mistakes.whiten_and_add_the_mean, "ppo",
-            "test_common.py::test_whiten_of_the_docstring"),
-    Exhibit("negated_kl", "The KL penalty has the wrong sign: leaving the reference is paid for.",
-            "rlhf-book; minChatGPT (k1 negated)",
+    Exhibit("mean_added_back", "RLHF_in_notebooks",
+            ((training, "whiten"), (ppo, "whiten")), mistakes.whiten_and_add_the_mean, "ppo",
+            "test_training.py::test_whiten_of_the_docstring"),
+    Exhibit("negated_kl", "rlhf-book; minChatGPT (k1 negated)",
             ((ppo, "shaped_rewards"),), mistakes.penalty_with_the_wrong_sign, "ppo",
-            "test_ppo.py::test_shaped_rewards_hand_example", "check_invariants"),
-    Exhibit("inverted_k3", "kl_old is estimated with the ratio upside down.",
-            "rlhf-book; minChatGPT (k3 with the ratio inverted)",
+            "test_ppo.py::test_shaped_rewards_hand_example", "check_rollout"),
+    Exhibit("inverted_k3", "rlhf-book; minChatGPT (k3 with the ratio inverted)",
             ((ppo, "policy_loss"),), mistakes.policy_loss_with_inverted_ratio, "ppo",
             "test_ppo.py::test_expected_kl_old_is_the_exact_kl_of_the_rollout_policy_to_the_updated"
             "_one"),
-    Exhibit("old_minus_new", "The ratio is old over new, so that good tokens become unlikely.",
-            "the same slip as k3 inverted, in the loss itself",
+    Exhibit("old_minus_new", "the same slip as k3 inverted, in the loss itself",
             ((ppo, "policy_loss"),), mistakes.policy_loss_old_minus_new, "ppo",
             "test_ppo.py::test_policy_loss_cases"),
-    Exhibit("unused_mask", "A function takes a mask and does not use it.",
-            "minChatGPT",
-            ((common, "masked_mean"), (ppo, "masked_mean")), mistakes.masked_mean_without_mask,
-            "ppo", "test_common.py::test_what_is_outside_the_mask_changes_nothing"),
-    Exhibit("late_clip", "Gradients are clipped before backward has made them.",
-            "minChatGPT",
+    Exhibit("unused_mask", "minChatGPT",
+            ((training, "masked_mean"), (ppo, "masked_mean"), (ppo_report, "masked_mean")),
+            mistakes.masked_mean_without_mask, "ppo",
+            "test_properties.py::test_nothing_outside_the_mask_changes_anything"),
+    Exhibit("late_clip", "minChatGPT",
             ((sft, "train_step"),), mistakes.train_step_clipped_before_backward, "sft",
             "test_sft.py::test_gradients_are_clipped_after_backward", options={"lr": 3e-3}),
-    Exhibit("unclipped_critic", "The critic's gradients are outside the clip.",
-            "the lecture that this course replaces",
-            ((ppo, "clip_gradients"),), mistakes.clip_policy_only, "ppo",
+    Exhibit("unclipped_critic", "the seed lecture",
+            ((training, "clip_gradients"),), mistakes.clip_policy_only, "ppo",
             "test_ppo.py::test_the_clip_covers_all_that_the_optimiser_owns_and_frozen_networks"
             "_stay"),
-    Exhibit("last_metrics", "Metrics are those of the last minibatch.",
-            "CleanRL; trl",
-            ((ppo, "update"),), mistakes.update_with_last_metrics, "ppo",
+    Exhibit("last_metrics", "CleanRL; trl",
+            ((ppo_report, "summarise"),), mistakes.summarise_the_last_step, "ppo",
             "test_ppo.py::test_update_equals_a_slow_reference_on_a_ragged_batch"),
-    Exhibit("padded_metrics", "Metrics are averaged over prompt and padding too.",
-            "CleanRL; trl",
-            ((ppo, "measure"),), mistakes.measure_with_padding, "ppo",
-            "test_ppo.py::test_measure_equals_a_slow_reference_on_a_ragged_batch"),
-    Exhibit("exact_gelu", "The exact GELU with weights that were trained with the tanh form.",
-            "nanoGPT; LearnRLHF",
+    Exhibit("padded_metrics", "CleanRL; trl",
+            ((ppo_report, "measure"),), mistakes.measure_with_padding, "ppo",
+            "test_ppo_report.py::test_measure_equals_a_slow_reference_on_a_ragged_batch"),
+    Exhibit("exact_gelu", "nanoGPT; LearnRLHF",
             ((gpt2.MLP, "forward"),), mistakes.exact_gelu_forward, "sft",
             "test_gpt2.py::test_the_network_equals_a_slow_one_with_attention_written_out"),
-    Exhibit("padded_score", "The reward model averages over the row, padding among it.",
-            "minChatGPT; reward-bench issue 137",
+    Exhibit("padded_score", "minChatGPT; reward-bench issue 137",
             ((gpt2.ScalarModel, "score"),), mistakes.score_of_the_row, "reward_model",
             "test_reward_model.py::test_a_score_does_not_depend_on_padding"),
-    Exhibit("encoded_prompt", "The prompt is encoded again to find its length.",
-            "the lecture that this course replaces; rllm pull request 272",
-            ((ppo, "sample_responses"),), mistakes.responses_with_encoded_prompts, "ppo",
-            "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says", "check_invariants",
+    Exhibit("encoded_prompt", "the seed lecture; rllm pull request 272",
+            ((ppo, "generate"),), mistakes.generate_with_encoded_prompts, "ppo",
+            "test_ppo.py::test_the_rollout_holds_what_the_alignment_law_says", "check_rollout",
             options={"gold": ""}),     # the gold judge would refuse prompts that are cut short
-    Exhibit("all_ended", "A response that was cut at the limit is treated as finished.",
-            "most programs; trl pull request 1536",
-            ((ppo, "sample_responses"),), mistakes.responses_all_ended, "ppo",
+    Exhibit("all_ended", "most programs; trl pull request 1536",
+            ((ppo, "generate"),), mistakes.generate_all_ended, "ppo",
             "test_ppo.py::test_the_missing_end_penalty_is_for_rows_that_did_not_end",
             options={"max_new_tokens": 12}),
 ]
 
 
-@dataclass(frozen=True)
-class Guarded:
-    """A mistake that no single wrong function makes; a test stands guard."""
-    mistake: str
-    seen: str
-    test: str
-
-
-GUARDED = [
-    Guarded("An option that nothing reads.", "PaLM-rlhf-pytorch; lm-human-preference-details",
-            "test_cli.py::test_every_config_field_is_read_and_has_a_comment"),
-]
+# mistakes that no single wrong function makes: the mistake, where it was seen, the test on guard
+GUARDED = [("An option that nothing reads.", "PaLM-rlhf-pytorch; lm-human-preference-details",
+            "test_layout.py::test_every_config_field_is_read_and_has_a_comment")]
 
 
 def find(name: str) -> Exhibit:

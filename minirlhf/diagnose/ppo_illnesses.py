@@ -1,74 +1,30 @@
-"""The illnesses of a run: one small function each, from the rows of metrics.csv to a finding.
+"""The illnesses of a PPO run: one small function each, from the rows of metrics.csv to a finding.
 
     function(rows) -> Finding, or None if the run does not have this illness
 
-A row is a dictionary from the names of metrics.csv to numbers; empty cells are left out. The lists
-at the end of the file say which illnesses are looked for in which kind of run, which columns and
-how many rows a verdict needs, and what to say when all is well.
-
-Every threshold is a constant with its reason. "Measured" means: on the runs of `diagnose.cases`
-with the seeds 100 and (only the ill ones) 101; `diagnose.check` reports other seeds.
+Where an option decides what a figure means, the function also takes the run's options, {} where
+they are not known.
+The list at the end says which columns and how many rows a verdict needs, and what to say when all
+is well. Every threshold is a constant with its reason. "Measured" means: on the runs of
+`experiments/ill_runs.py` with the seeds 100 and (only the ill ones) 101; `diagnose_rates` reports
+other seeds.
 Lecture: lectures/03-ppo.md, "Reading the curves".
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from operator import itemgetter
+from statistics import NormalDist
 
+from minirlhf.diagnose.findings import Examination, Finding, late, mean, place, smooth, values_of
 
-@dataclass(frozen=True)
-class Finding:
-    """One illness that a run has, as it is told to the reader."""
-    illness: str
-    figure: str                         # the numbers that show it, with their iteration or step
-    causes: tuple[str, ...]             # the likeliest first
-    remedies: tuple[str, ...]           # what to try, in this order
-    lecture: str                        # file and section
-
-
-# ---- small statistics ----------------------------------------------------------------------------
-
-def mean(values: list[float]) -> float:
-    """Example: mean([1, 2, 6]) == 3."""
-    return sum(values) / len(values)
-
-
-def values_of(rows: list[dict], name: str) -> list[float]:
-    """A column without its empty cells."""
-    return [row[name] for row in rows if name in row]
-
-
-def late(rows: list[dict]) -> list[dict]:
-    """The last quarter of the rows, at least three: single rows are noisy.
-
-    Example: of 25 rows the last 6, of 4 rows the last 3.
-    """
-    return rows[-max(3, len(rows) // 4):]
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Mean of each value and its two neighbours; the ends have one neighbour.
-
-    Example: smooth([0, 3, 6, 0]) == [1.5, 3, 3, 3].
-    """
-    return [mean(values[max(0, i - 1):i + 2]) for i in range(len(values))]
-
-
-def place(rows: list[dict]) -> str:
-    """Where rows stand in the run: "iteration 24", or "iterations 18 to 24"."""
-    unit = "iteration" if "iteration" in rows[0] else "step"
-    first, last = int(rows[0][unit]), int(rows[-1][unit])
-    return f"{unit} {first}" if first == last else f"{unit}s {first} to {last}"
-
-
-# ---- PPO: is the program right? ------------------------------------------------------------------
+# ---- is the program right? -----------------------------------------------------------------------
 
 # A KL is never negative; its estimate from samples is, a little, while policy and reference are
 # nearly equal. Measured: -0.01 with a reward that pays for nothing, -3 with a stale sampler.
 NEGATIVE_KL = -0.1
 
 # The first minibatch is scored by the weights that sampled it: |ratio - 1| is rounding, 1e-6 in
-# float32. Measured with dropout 0.1 in the update: 30.
-RATIO_OFF = 1e-2
+# float32. Measured with dropout 0.1 in the update: 30. bfloat16 rounds up to 0.1.
+RATIO_OFF = {"float32": 1e-2, "bfloat16": 0.1}
 
 
 def negative_kl_ref(rows: list[dict]) -> Finding | None:
@@ -78,51 +34,53 @@ def negative_kl_ref(rows: list[dict]) -> Finding | None:
     below 0 says that they were not.
     """
     last = late(rows)
-    found = mean(values_of(last, "kl_ref"))
-    if found > NEGATIVE_KL:
+    kl = mean(values_of(last, "kl_ref"))
+    if kl > NEGATIVE_KL:
         return None
     return Finding(
-        "kl_ref is negative", f"kl_ref is {found:.2f} nats a response on average over "
+        "kl_ref is negative", f"kl_ref is {kl:.2f} nats per response on average over "
         f"{place(last)}; a KL is never below 0, and only noise around 0 would be harmless",
         ("the tokens are sampled from another distribution than the one that scores them: stale "
          "weights in the sampler, another temperature, top-k or top-p",
          "old_logprobs and ref_logprobs are swapped"),
         ("compare the log-probabilities noted while sampling with those of a full forward pass "
-         "(check_invariants does)", "sample with the temperature that scores, without top-k"),
+         "(check_rollout does)", "sample with the temperature that scores, without top-k"),
         'lectures/03-ppo.md, "Why `kl_ref` may be negative"')
 
 
-def first_ratio_off(rows: list[dict]) -> Finding | None:
+def first_ratio_off(rows: list[dict], options: dict) -> Finding | None:
     """You learn: before the first step of an update nothing has changed, so every ratio is 1."""
-    worst = max(rows, key=ratio_first)
-    if ratio_first(worst) < RATIO_OFF:
+    worst = max(rows, key=itemgetter("ratio_first"))
+    if worst["ratio_first"] < RATIO_OFF.get(str(options.get("dtype")), RATIO_OFF["float32"]):
         return None
+    precision = () if options.get("dtype") == "float32" else (
+        "--dtype bfloat16: then up to about 0.1 is rounding",)
     return Finding(
-        "first ratio off 1", f"ratio_first is {ratio_first(worst):.3g} at {place([worst])}; "
+        "first ratio off 1", f"ratio_first is {worst['ratio_first']:.3g} at {place([worst])}; "
         "it should be 0 up to rounding",
         ("dropout is on in the update and off in the rollout", "another temperature in the update "
          "than in the rollout", "the row is shifted by one, or padding changes the scores",
-         "--dtype bfloat16: then up to about 0.1 is rounding"),
+         *precision),
         ("use the same function for old and new log-probabilities, and no dropout",
          "score one batch twice without a step in between, and compare token by token"),
         'lectures/03-ppo.md, "What is checked on every run"')
 
 
-def ratio_first(row: dict) -> float:
-    """The largest |ratio - 1| on the first minibatch of an iteration."""
-    return row.get("ratio_first", 0.0)
+# ---- how far it goes -----------------------------------------------------------------------------
 
-
-# ---- PPO: how far it goes ------------------------------------------------------------------------
-
-# Nats a token between policy and reference. Measured: healthy runs below 0.3; without a penalty
-# above 1. The second limit spares long sums of small differences: below 6 nats a response nothing
+# Nats per token between policy and reference. Measured: healthy runs below 0.3; without a penalty
+# above 1. The second limit spares long sums of small differences: below 6 nats per response nothing
 # was ever seen to be hacked here.
 KL_PER_TOKEN, KL_PER_RESPONSE = 0.6, 6.0
 
 # One update, from its rollout to its last minibatch. Measured (three-row means): healthy runs at
-# most 0.02 nats a token and 0.08 of the tokens clipped.
+# most 0.02 nats per token and 0.08 of the tokens clipped.
 KL_OLD_HIGH, CLIPFRAC_HIGH = 0.1, 0.2
+
+# If the logarithms of the ratios were normal, kl_old would be half of their variance, and clipfrac
+# would say which range they leave. The usual cliprange is 0.2; many clipped tokens at a small
+# kl_old mean that the range is this narrow.
+CLIP_NARROW, CLIPRANGE_NARROW = 0.03, 0.05
 
 # KL grows with the square of the rate: a rate 100 times too small leaves 1e-4 of the usual 0.01 in
 # kl_old. Healthy runs pass 1e-3, and 1 nat in kl_ref.
@@ -137,7 +95,7 @@ def kl_runs_away(rows: list[dict]) -> Finding | None:
     if kl < KL_PER_RESPONSE or per_token < KL_PER_TOKEN:
         return None
     return Finding(
-        "KL runs away", f"kl_ref is {kl:.1f} nats a response, {per_token:.2f} a token, over "
+        "KL runs away", f"kl_ref is {kl:.1f} nats per response, {per_token:.2f} per token, over "
         f"{place(last)}",
         ("kl_coef is too small for the size of the scores", "too many iterations",
          "the rate is too large"),
@@ -146,19 +104,55 @@ def kl_runs_away(rows: list[dict]) -> Finding | None:
         'lectures/03-ppo.md, "Why a KL penalty"')
 
 
-def updates_too_large(rows: list[dict]) -> Finding | None:
-    """You learn: PPO trusts a rollout only near the policy that made it; kl_old says how near."""
+def clip_width(kl_old: float, clipped: float) -> float:
+    """The cliprange that a share of clipped tokens speaks of, if the ratios' logarithms are normal.
+
+    Example: kl_old 0.02 is a deviation of 0.2, which a third of the tokens leaves: width 0.2.
+    """
+    deviation = max(0.0, 2 * kl_old) ** 0.5
+    return deviation * NormalDist().inv_cdf(1 - min(1.0, max(1e-6, clipped)) / 2)
+
+
+def clip_too_tight(kl_old: float, clipped: float, where: str, options: dict) -> Finding | None:
+    """Tokens that are clipped because the range is narrow, not because the policy ran far."""
+    cliprange = options.get("cliprange")
+    known = type(cliprange) in (int, float)
+    narrow = cliprange < CLIPRANGE_NARROW if known else clip_width(kl_old, clipped) < CLIP_NARROW
+    if not narrow:
+        return None
+    return Finding(
+        "clip too tight", f"clipfrac is {clipped:.2f} around {where} (mean of three), yet kl_old "
+        f"is only {kl_old:.3g} nats per token there: the policy moved no further than usual" +
+        (f", and cliprange is {cliprange:.7g}" if known else ""),
+        ("cliprange is far below the usual 0.1 to 0.3, so that nearly all tokens are clipped after "
+         "one step and give no gradient",),
+        ("raise cliprange to 0.2",
+         "leave lr and epochs as they are: the updates are not too large"),
+        'lectures/03-ppo.md, "The clipped objective"')
+
+
+def updates_too_large(rows: list[dict], options: dict) -> Finding | None:
+    """You learn: PPO trusts a rollout only near the policy that made it; kl_old says how near.
+
+    clipfrac alone does not: a narrow clip range has many tokens outside it, too.
+    """
     kl_old, clipped = smooth(values_of(rows, "kl_old")), smooth(values_of(rows, "clipfrac"))
     worst = max(range(len(rows)), key=clipped.__getitem__)
     furthest = max(range(len(rows)), key=kl_old.__getitem__)
-    if kl_old[furthest] < KL_OLD_HIGH and clipped[worst] < CLIPFRAC_HIGH:
-        return None
+    if kl_old[furthest] < KL_OLD_HIGH:
+        if clipped[worst] < CLIPFRAC_HIGH:
+            return None
+        tight = clip_too_tight(kl_old[worst], clipped[worst], place([rows[worst]]), options)
+        if tight is not None:
+            return tight
+    clip = () if "cliprange" in options or kl_old[furthest] >= KL_OLD_HIGH else (
+        "or cliprange is far below 0.2: then it, and not lr, is the one to change",)
     return Finding(
-        "updates too large", f"kl_old is {kl_old[furthest]:.3f} nats a token around "
+        "updates too large", f"kl_old is {kl_old[furthest]:.3f} nats per token around "
         f"{place([rows[furthest]])}, clipfrac {clipped[worst]:.2f} around {place([rows[worst]])} "
         f"(means of three; usual here: below {KL_OLD_HIGH} and {CLIPFRAC_HIGH})",
         ("lr is too large", "too many epochs or minibatches for one rollout",
-         "so few responses in a rollout that the advantages are mostly noise"),
+         "so few responses in a rollout that the advantages are mostly noise", *clip),
         ("lower lr", "lower epochs", "set kl_old_stop to end an update that goes too far",
          "raise batch_size"),
         'lectures/03-ppo.md, "The clipped objective"')
@@ -171,8 +165,8 @@ def nothing_moves(rows: list[dict]) -> Finding | None:
     if largest > KL_OLD_STILL or furthest > KL_REF_STILL:
         return None
     return Finding(
-        "nothing moves", f"over {place(rows)} kl_old is at most {largest:.2g} nats a token and "
-        f"kl_ref at most {furthest:.2g} nats a response: the policy is still the SFT model",
+        "nothing moves", f"over {place(rows)} kl_old is at most {largest:.2g} nats per token "
+        f"and kl_ref at most {furthest:.2g} nats per response: the policy is still the SFT model",
         ("lr is too small", "the scores of a batch are all alike, so no advantage is left",
          "the weights are in a precision too coarse for steps of this size"),
         ("raise lr tenfold until kl_old is about 0.001 to 0.01",
@@ -180,7 +174,7 @@ def nothing_moves(rows: list[dict]) -> Finding | None:
         'lectures/03-ppo.md, "What goes wrong"')
 
 
-# ---- PPO: what is it that gets better? -----------------------------------------------------------
+# ---- what is it that gets better? ----------------------------------------------------------------
 
 # Gold has to lose this share of what it had gained, and this many times its usual step from one
 # iteration to the next. Measured: healthy runs lose at most 0.2 of the gain.
@@ -245,8 +239,8 @@ def entropy_collapse(rows: list[dict]) -> Finding | None:
     if end > ENTROPY_LEFT * start:
         return None
     return Finding(
-        "entropy collapse", f"entropy fell from {start:.2f} nats a token over {place(rows[:2])} to "
-        f"{end:.3f} over {place(last)}: nearly every next token is decided",
+        "entropy collapse", f"entropy fell from {start:.2f} nats per token over {place(rows[:2])} "
+        f"to {end:.3f} over {place(last)}: nearly every next token is decided",
         ("kl_coef is too small: nothing pays for variety", "lr is too large"),
         ("raise kl_coef before you try ent_coef, which restores variety and not sense",
          "lower lr", "take the policy of an earlier iteration"),
@@ -282,7 +276,7 @@ def responses_do_not_end(rows: list[dict]) -> Finding | None:
         ("; PPO has taught it since" if end > END_RATE_LOW else ""), causes, remedies, lecture)
 
 
-# ---- PPO: the critic and the advantages ----------------------------------------------------------
+# ---- the critic and the advantages ---------------------------------------------------------------
 
 # Measured: 0.00 with critic_lr 0; healthy runs 0.1 (the gold judge: hard to foresee) to 0.85 late.
 EXPLAINED_LOW = 0.05
@@ -296,12 +290,12 @@ ADVANTAGE_LOW = 0.03
 def critic_explains_nothing(rows: list[dict]) -> Finding | None:
     """You learn: the critic need not be right for PPO to be right, but it takes away the noise."""
     last = late(rows)
-    found = mean(values_of(last, "explained_var"))
-    if found > EXPLAINED_LOW:
+    explained = mean(values_of(last, "explained_var"))
+    if explained > EXPLAINED_LOW:
         return None
     return Finding(
-        "critic explains nothing", f"explained_var is {found:.3g} over {place(last)}; by now it "
-        "is above 0.1 in healthy runs. 0 is what a constant explains, and less is worse",
+        "critic explains nothing", f"explained_var is {explained:.3g} over {place(last)}; by now "
+        "it is above 0.1 in healthy runs. 0 is what a constant explains, and less is worse",
         ("critic_lr is too small (or vf_coef 0)",
          "returns are so large that the clipped value loss never reaches them: more than about "
          "10 times cliprange_value", "returns that cannot be foreseen: the score is noise, or all "
@@ -313,12 +307,12 @@ def critic_explains_nothing(rows: list[dict]) -> Finding | None:
 
 def advantages_vanish(rows: list[dict]) -> Finding | None:
     """You learn: whitening makes any advantage large; of equal scores it makes pure noise."""
-    found = mean(values_of(rows, "advantage_std"))
-    if found > ADVANTAGE_LOW:
+    deviation = mean(values_of(rows, "advantage_std"))
+    if deviation > ADVANTAGE_LOW:
         return None
     return Finding(
-        "advantages vanish", f"advantage_std is {found:.2g} over {place(rows)}, before whitening "
-        "scales it up to 1",
+        "advantages vanish", f"advantage_std is {deviation:.2g} over {place(rows)}, before "
+        "whitening scales it up to 1",
         ("all responses get the same score", "the score never reaches the rewards: look at the "
          "last token of a table in samples.txt", "the scores are tiny beside kl_coef * kl_ref"),
         ("print the scores of one batch", "scale the reward to a deviation of about 1",
@@ -326,128 +320,19 @@ def advantages_vanish(rows: list[dict]) -> Finding | None:
         'lectures/03-ppo.md, "Whitening, after the returns"')
 
 
-# ---- SFT and the reward model --------------------------------------------------------------------
-
-# The held-out set is always the same one, so its loss changes only if the weights do.
-HELD_OUT_STILL = 0.001
-
-# The held-out loss above its lowest, as a share of it, while the training loss went on falling.
-# Measured: healthy runs end at most 0.02 above.
-LEARNED_BY_HEART = 0.1
-
-# Mean training loss of 10 steps against the first 3. Measured: healthy runs never above 1.1.
-LOSS_RISE = 1.25
-
-# A coin on 400 held-out comparisons stays below 0.55 in 39 of 40 cases; a little above that there
-# is still next to nothing for PPO to climb. Measured: healthy reward models 0.75 to 0.88 in the
-# text world, 0.64 on real comparisons; with a rate of 0.1 0.57.
-CHANCE = 0.58
-
-
-def window_means(values: list[float], width: int) -> list[float]:
-    """Means of `width` neighbours: window_means([1, 3, 5], 2) == [2, 4]."""
-    return [mean(values[i:i + width]) for i in range(len(values) - width + 1)]
-
-
-def loss_does_not_move(rows: list[dict]) -> Finding | None:
-    """You learn: look at the held-out loss; that of the batches jumps with the batch."""
-    held_out = values_of(rows, "held_out_loss")
-    change = max(held_out) - min(held_out)
-    if change > HELD_OUT_STILL * held_out[0]:
-        return None
-    return Finding(
-        "nothing moves", f"the held-out loss stays between {min(held_out):.4f} and "
-        f"{max(held_out):.4f} over {place(rows)}",
-        ("lr is too small", "the weights are frozen, or in a precision too coarse for such steps"),
-        ("raise lr tenfold until the loss falls", "look at grad_norm: 0 means that no gradient "
-         "arrives"),
-        'lectures/01-sft.md, "Rate, epochs, and forgetting"')
-
-
-def rate_too_high(rows: list[dict]) -> Finding | None:
-    """You learn: too large a step destroys in one stroke what the model came with."""
-    losses = values_of(rows, "loss")
-    start, means = mean(losses[:3]), window_means(losses, 10)
-    worst = max(range(len(means)), key=means.__getitem__)
-    if means[worst] < LOSS_RISE * start:
-        return None
-    return Finding(
-        "rate too high", f"the loss rose from {start:.2f} over {place(rows[:3])} to "
-        f"{means[worst]:.2f} over {place(rows[worst:worst + 10])}; the last ten steps: "
-        f"{means[-1]:.2f}",
-        ("lr is too large", "warmup_steps is too small for this lr"),
-        ("lower lr three- to tenfold and start again from the same checkpoint",
-         "do not use these weights: what was lost does not come back"),
-        'lectures/01-sft.md, "Rate, epochs, and forgetting"')
-
-
-def learned_by_heart(rows: list[dict]) -> Finding | None:
-    """You learn: where the held-out loss turns, the model begins to learn its examples by heart."""
-    evaluated = [row for row in rows if "held_out_loss" in row]
-    best = min(evaluated, key=held_out_loss)
-    last = evaluated[-1]
-    rise = last["held_out_loss"] / max(best["held_out_loss"], 1e-9) - 1
-    here = rows.index(best)
-    before = mean(values_of(rows[max(0, here - 9):here + 1], "loss"))
-    after = mean(values_of(rows[-10:], "loss"))
-    if rise < LEARNED_BY_HEART or after >= before:
-        return None
-    return Finding(
-        "learned by heart", f"the held-out loss was {best['held_out_loss']:.3f} at {place([best])} "
-        f"and is {last['held_out_loss']:.3f} at {place([last])}, while that of the batches fell "
-        f"from {before:.3f} to {after:.3f}",
-        ("too many epochs for so few examples", "lr is too large"),
-        ("fewer epochs: stop where the held-out loss was lowest", "more examples", "lower lr"),
-        'lectures/02-reward-model.md, "One step, and one epoch"' if "held_out_accuracy" in last
-        else 'lectures/01-sft.md, "Rate, epochs, and forgetting"')
-
-
-def held_out_loss(row: dict) -> float:
-    """The held-out loss of a row that has one."""
-    return row["held_out_loss"]
-
-
-def at_chance(rows: list[dict]) -> Finding | None:
-    """You learn: a coin is right half of the time, and PPO would follow it just as gladly."""
-    last = [row for row in rows if "held_out_accuracy" in row][-1]
-    if last["held_out_accuracy"] > CHANCE:
-        return None
-    return Finding(
-        "reward model at chance", f"held_out_accuracy is {last['held_out_accuracy']:.3f} at "
-        f"{place([last])}, held_out_loss {last['held_out_loss']:.3f}; a coin has 0.5 and 0.693",
-        ("the labels contradict one another, or chosen and rejected are mixed up in part",
-         "chosen and rejected are the same text, or differ only behind the cut",
-         "the rate is too small, or so large that the trunk was destroyed",
-         "the score is read at padding instead of the last token"),
-        ("read twenty comparisons: would you choose the same?",
-         "train on 32 comparisons for many epochs: a model that cannot learn those by heart has "
-         "a bug", "try lr three times smaller and larger"),
-        'lectures/02-reward-model.md, "Accuracy and calibration"')
-
-
 # ---- what is looked for --------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Examination:
-    """One illness that is looked for in one kind of run."""
-    illness: str                        # the finding's name
-    function: Callable                  # rows -> Finding or None
-    columns: tuple[str, ...]            # that a verdict needs; the first one is shown
-    rows: int                           # rows (or evaluations) that a verdict needs
-    healthy: str                        # said if nothing was found
-
 
 # in the order in which one illness explains the next
 PPO = [
     Examination("first ratio off 1", first_ratio_off, ("ratio_first",), 1,
-                "old and new log-probabilities agree before the first step"),
+                "old and new log-probabilities agree before the first step", asks_options=True),
     Examination("kl_ref is negative", negative_kl_ref, ("kl_ref",), 4,
                 "the samples come from the policy that scores them"),
     Examination("advantages vanish", advantages_vanish, ("advantage_std",), 5,
                 "the responses of a batch differ in what they earn"),
     Examination("nothing moves", nothing_moves, ("kl_old", "kl_ref"), 5, "the policy moves"),
     Examination("updates too large", updates_too_large, ("kl_old", "clipfrac"), 3,
-                "updates stay near their rollout"),
+                "updates stay near their rollout", "clip too tight", asks_options=True),
     Examination("responses do not end", responses_do_not_end, ("end_rate", "response_len"), 1,
                 "responses end by themselves"),
     Examination("KL runs away", kl_runs_away, ("kl_ref", "response_len"), 3,
@@ -459,16 +344,4 @@ PPO = [
     Examination("entropy collapse", entropy_collapse, ("entropy",), 5, "variety is left"),
     Examination("critic explains nothing", critic_explains_nothing, ("explained_var",), 10,
                 "the critic foresees a part of the returns"),
-]
-
-SFT = [
-    Examination("nothing moves", loss_does_not_move, ("held_out_loss",), 2, "the loss moves"),
-    Examination("rate too high", rate_too_high, ("loss",), 20, "the loss never shoots up"),
-    Examination("learned by heart", learned_by_heart, ("held_out_loss", "loss"), 3,
-                "the held-out loss does not turn upwards"),
-]
-
-REWARD_MODEL = SFT + [
-    Examination("reward model at chance", at_chance, ("held_out_accuracy", "held_out_loss"), 1,
-                "the reward model knows more than a coin"),
 ]
