@@ -4,8 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from minirlhf.data import Tokenizer, train_bpe
+from minirlhf.tokenizer import Tokenizer, train_bpe
+
+# One thread computes the tests' small networks as fast as several, and on a busy machine many times
+# faster. OMP_NUM_THREADS sets another number, here and in the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 SENTENCES = ["The capital of France is Paris. A lion lives in the grassland.",
              "Prompt: What is the capital of France?\nResponse: The capital of France is Paris.",

@@ -11,19 +11,24 @@ import io
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from minirlhf import ppo, reward_model, sft
-from minirlhf.common import read_metrics
-from minirlhf.data import Tokenizer, train_bpe
+from minirlhf.engine.metrics import read_metrics
+from minirlhf.files import pretrained
 from minirlhf.gpt2 import GPT2, GPT2Config, ScalarModel
+from minirlhf.tokenizer import Tokenizer, train_bpe
 
 NAMES = [first + middle + last for first in "bdklmt" for middle in "aeo" for last in ("na", "ro")]
 COLOURS = ["red", "green", "blue"]
 CONTEXT = 32                        # n_positions of the toy models
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -107,8 +112,8 @@ def toy_model(seed: int = 0, **sizes) -> GPT2:
 
 
 def save_folder(model, folder: str) -> str:
-    toy_tokenizer().save(folder)
-    model.save_pretrained(folder)
+    """Write a toy model with the toy tokenizer; returns the folder."""
+    pretrained.save_folder(model, toy_tokenizer(), folder)
     return folder
 
 
@@ -166,7 +171,41 @@ def ppo_config(**options) -> ppo.PPOConfig:
         **options})
 
 
-# ---- the machine -------------------------------------------------------------------------------
+TRAINERS = {"sft": (sft, sft_config), "reward_model": (reward_model, reward_config),
+            "ppo": (ppo, ppo_config)}
+
+
+# ---- commands, as a user starts them -------------------------------------------------------------
+
+def arguments_of(cfg) -> list[str]:
+    """A config as a command line."""
+    words = []
+    for field in cfg.__dataclass_fields__:
+        value = getattr(cfg, field)
+        if isinstance(value, bool):
+            words.append(f"--{field}" if value else f"--no-{field}")
+        else:
+            words += [f"--{field}", str(value)]
+    return words
+
+
+def environment() -> dict[str, str]:
+    """Of a process that computes with one thread and can import this file."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(name: str, cfg, processes: int = 2) -> subprocess.CompletedProcess:
+    """Run a trainer in several processes; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+         "--standalone", "-m", f"minirlhf.{name}", *arguments_of(cfg)],
+        env=environment(), text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# ---- the machine ---------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def limited_file_size(limit: int):

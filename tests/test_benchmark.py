@@ -6,6 +6,7 @@ Nothing here is timed. What costs time is counted: passes through the network, a
 import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,25 +15,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minirlhf import ppo
-from minirlhf.benchmark import arithmetic, machine, naive, report
-from minirlhf.benchmark.__main__ import BenchmarkConfig, main
-from minirlhf.benchmark.setting import (TINY, EndToken, Iterations, Setting, even_tokens,
-                                        random_model, random_prompts, timed)
-from minirlhf.common import random_stream
-from minirlhf.gpt2 import GPT2, GPT2Config, generate, read_config
-from minirlhf.ppo import PolicyWithValue, PPOConfig
+from minirlhf.benchmark import __main__ as benchmark
+from minirlhf.benchmark import machine, naive, report
+from minirlhf.benchmark.iterations import (
+    PROMPT_TOKENS,
+    Iterations,
+    even_tokens,
+    forward_flops,
+    limits,
+    random_model,
+)
+from minirlhf.engine import fast
+from minirlhf.engine.training import random_stream
+from minirlhf.files.disk import read_json
+from minirlhf.files.pretrained import read_config
+from minirlhf.generate import generate
+from minirlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue, ScalarModel
+from minirlhf.ppo import PPOConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 V = 23                              # a size that nothing else in these networks has
 SMALL = GPT2Config(vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2)
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10], [11]]
+END = SimpleNamespace(end_token=V - 1)
 
 
 def networks_and_reference() -> tuple[PolicyWithValue, GPT2]:
     """A policy with a value head that says something, and a reference that is another network."""
     torch.manual_seed(0)
-    networks, ref_policy = PolicyWithValue(GPT2(SMALL), None), GPT2(SMALL)
-    torch.nn.init.normal_(networks.value_head.weight)
+    policy, ref_policy = GPT2(SMALL), GPT2(SMALL)
+    networks = PolicyWithValue(policy, ScalarModel(SMALL, trunk=policy))
+    torch.nn.init.normal_(networks.critic.score_head.weight)
     return networks, ref_policy
 
 
@@ -45,33 +58,32 @@ def ppo_config(**options) -> PPOConfig:
 # ---- the baseline --------------------------------------------------------------------------------
 
 def test_the_baseline_samples_and_scores_as_ppo_does():
-    (networks, ref_policy), cfg, end = networks_and_reference(), ppo_config(), EndToken(V - 1)
+    (networks, ref_policy), cfg = networks_and_reference(), ppo_config()
     iteration = 1                   # in iteration 0 ppo insists that the reference is the policy
-    batch = ppo.rollout(networks, ref_policy, even_tokens, end, PROMPTS, cfg, 0.2, iteration)
+    batch = ppo.rollout(networks, ref_policy, even_tokens, END, PROMPTS, cfg, 0.2, iteration)
     assert batch.ended.any() and not batch.ended.all()      # both kinds of response are compared
     uniforms = torch.rand(4, 20, generator=random_stream(cfg.seed, 1, iteration),
                           dtype=torch.float64)
-    responses, _ = naive.rollout(networks, ref_policy, even_tokens, end, PROMPTS, uniforms, cfg,
-                                 0.2)
+    responses = naive.rollout(networks, ref_policy, even_tokens, END, PROMPTS, uniforms, cfg, 0.2)
     for row, response in enumerate(responses):
         length, mask = batch.lengths[row], batch.response_mask[row]
-        assert response.ids == batch.ids[row, :length].tolist()
-        for name, theirs in (("old_logprobs", response.logprobs), ("old_values", response.values),
-                             ("ref_logprobs", response.ref_logprobs), ("returns", response.returns),
+        assert response.ids.tolist() == [batch.ids[row, :length].tolist()]
+        logprobs, ref_logprobs, values = response.columns
+        for name, theirs in (("old_logprobs", logprobs), ("old_values", values),
+                             ("ref_logprobs", ref_logprobs), ("returns", response.returns),
                              ("advantages", response.advantages)):
-            torch.testing.assert_close(torch.tensor(theirs), getattr(batch, name)[row, mask],
-                                       atol=1e-4, rtol=1e-4, msg=name)
+            torch.testing.assert_close(theirs, getattr(batch, name)[row, mask], atol=1e-4,
+                                       rtol=1e-4, msg=name)
 
 
 def test_one_step_of_the_baseline_is_one_step_of_ppo():
     cfg = ppo_config(batch_size=1, minibatch_size=1, epochs=1)
-    (networks, ref_policy), end = networks_and_reference(), EndToken(V - 1)
-    batch = ppo.rollout(networks, ref_policy, even_tokens, end, PROMPTS[:1], cfg, 0.2, 1)
+    networks, ref_policy = networks_and_reference()
+    batch = ppo.rollout(networks, ref_policy, even_tokens, END, PROMPTS[:1], cfg, 0.2, 1)
     ppo.update(networks, torch.optim.SGD(networks.parameters(), lr=0.1), batch, cfg, 1)
     other, ref_policy = networks_and_reference()
     uniforms = torch.rand(1, 20, generator=random_stream(cfg.seed, 1, 1), dtype=torch.float64)
-    responses, _ = naive.rollout(other, ref_policy, even_tokens, end, PROMPTS[:1], uniforms, cfg,
-                                 0.2)
+    responses = naive.rollout(other, ref_policy, even_tokens, END, PROMPTS[:1], uniforms, cfg, 0.2)
     naive.update(other, torch.optim.SGD(other.parameters(), lr=0.1), responses, cfg)
     start, _ = networks_and_reference()
     for mine, theirs, before in zip(networks.parameters(), other.parameters(), start.parameters()):
@@ -133,55 +145,70 @@ def test_rows_that_ended_are_not_computed_for_ever():
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_an_iteration_makes_logits_for_response_positions_only(critic):
-    setting = Setting(SMALL, prompts=4, prompt_tokens=5, new_tokens=6, epochs=3, critic=critic)
-    iterations = Iterations(setting)
-    arguments = (iterations.networks, iterations.ref_policy, even_tokens, iterations.tokenizer,
-                 iterations.prompts, iterations.cfg, 0.2, 0)
-    positions = 4 * 6
+    cfg = ppo_config(max_new_tokens=6, epochs=3, critic=critic)
+    iterations, positions = Iterations(SMALL, cfg), 4 * 6
     with LogitRows() as logits:
-        batch = ppo.rollout(*arguments)
+        batch = ppo.rollout(*iterations.inputs, cfg, 0.2, 0)
     assert logits.rows == positions + 2 * positions         # sampling; then policy and reference
     with LogitRows() as logits:
-        ppo.update(iterations.networks, iterations.optimizer, batch, iterations.cfg, 0)
+        ppo.update(iterations.networks, iterations.optimizer, batch, cfg, 0)
     assert logits.rows == 3 * positions
 
 
 def test_the_baseline_makes_logits_for_every_position():
-    setting = Setting(SMALL, prompts=2, prompt_tokens=5, new_tokens=3, epochs=2)
-    iterations = Iterations(setting)
+    cfg = ppo_config(batch_size=2, minibatch_size=2, max_new_tokens=3, epochs=2)
+    iterations, T = Iterations(SMALL, cfg), PROMPT_TOKENS
     uniforms = torch.rand(2, 3, dtype=torch.float64)
     with LogitRows() as logits:
-        responses, _ = naive.rollout(iterations.networks, iterations.ref_policy, even_tokens,
-                                     iterations.tokenizer, iterations.prompts, uniforms,
-                                     iterations.cfg, 0.2)
-    assert logits.rows == 2 * 2 * (5 + 6 + 7)               # two networks, two rows
+        responses = naive.rollout(*iterations.inputs, uniforms, cfg, 0.2)
+    assert logits.rows == 2 * 2 * (T + T + 1 + T + 2)       # two networks, two rows
     with LogitRows() as logits:
-        naive.update(iterations.networks, iterations.optimizer, responses, iterations.cfg)
-    assert logits.rows == 2 * 2 * 8                         # two epochs, two rows
+        naive.update(iterations.networks, iterations.optimizer, responses, cfg)
+    assert logits.rows == 2 * 2 * (T + 3)                   # two epochs, two rows
 
 
 def test_an_iteration_takes_no_more_passes_than_it_needs():
-    setting = Setting(SMALL, prompts=4, prompt_tokens=5, new_tokens=6, epochs=3, critic="separate")
-    iterations = Iterations(setting)
-    policy, reference, critic = (Passes(iterations.networks.policy), Passes(iterations.ref_policy),
+    cfg = ppo_config(max_new_tokens=6, epochs=3, critic="separate")
+    iterations = Iterations(SMALL, cfg)
+    policy, reference, critic = (Passes(iterations.networks.policy), Passes(iterations.inputs[1]),
                                  Passes(iterations.networks.critic.transformer))
-    iterations.run()
-    whole = (4, 11)
-    assert policy.seen == [(4, 5)] + 5 * [(4, 1)] + [whole] + 3 * [whole]
+    batch = ppo.rollout(*iterations.inputs, cfg, 0.2, 0)
+    ppo.update(iterations.networks, iterations.optimizer, batch, cfg, 0)
+    whole = (4, PROMPT_TOKENS + 6)
+    assert policy.seen == [(4, PROMPT_TOKENS)] + 5 * [(4, 1)] + [whole] + 3 * [whole]
     assert reference.seen == [whole]
     assert critic.seen == [whole] + 3 * [whole]
+
+
+class FastProducts(TorchDispatchMode):
+    """Counts the products that are not PyTorch's stock ones."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += str(function).startswith("mkldnn._linear_pointwise")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_baseline_uses_stock_products_and_leaves_ours_as_they_were(monkeypatch):
+    if not fast.ONEDNN:
+        pytest.skip("this build of PyTorch has stock products only")
+    monkeypatch.setattr(fast, "PRODUCTS", "onednn")
+    wide = GPT2Config(vocab_size=V, n_positions=32, n_embd=256, n_layer=1, n_head=2)
+    iterations = Iterations(wide, ppo_config(max_new_tokens=2, epochs=1))
+    for run, some in ((iterations.run, True), (iterations.run_naively, False),
+                      (iterations.run, True)):
+        with FastProducts() as products:
+            run()
+        assert (products.calls > 0) == some, run
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
 
 def test_operations_of_a_tiny_network_are_those_worked_out_by_hand():
     config = GPT2Config(vocab_size=5, n_positions=8, n_embd=2, n_layer=1, n_head=1)
-    assert arithmetic.block_parameters(config) == 48
-    assert arithmetic.forward_flops(config, 1, 3, 2) == 2 * 48 * 3 + 4 * 2 * (1 + 2 + 3) + 40 == 376
-    assert arithmetic.training_flops(376) == 1128
-    assert arithmetic.bytes_per_step(config) == 232
-    assert arithmetic.decode_flops(config, 1, 3) == 140
-    assert arithmetic.block_parameters(GPT2Config()) == 84_934_656
+    assert forward_flops(config, 1, 3, 2) == 2 * 48 * 3 + 4 * 2 * (1 + 2 + 3) + 40 == 376
+    assert forward_flops(GPT2Config(), 1, 1, 0) == 2 * 84_934_656 + 4 * 768 * 12
 
 
 def test_operations_are_those_that_pytorch_counts():
@@ -192,49 +219,49 @@ def test_operations_are_those_that_pytorch_counts():
         forward = sum(counter.get_flop_counts()["Global"][name] for name in products)
         logits.sum().backward()
         both = sum(counter.get_flop_counts()["Global"][name] for name in products)
-    assert both == arithmetic.training_flops(forward)
+    assert both == 3 * forward                              # as `limits` counts an update
     pairs = 3 * 2 * (7 * 8 // 2)                            # rows, layers, pairs of tokens
-    assert arithmetic.forward_flops(SMALL, 3, 7, 21) == forward + pairs * 4 * 16
+    assert forward_flops(SMALL, 3, 7, 21) == forward + pairs * 4 * 16
 
 
-def test_the_setting_of_the_comparison_needs_a_teraflop_for_its_update():
-    flops = Setting().flops()
-    assert flops["update"] == pytest.approx(1.03e12, rel=0.02)
-    assert flops["score"] == pytest.approx(2 / 12 * flops["update"])
-    assert Setting(critic="separate").flops()["update"] > 1.7 * flops["update"]
+def test_limits_of_the_comparison_are_a_teraflop_for_its_update_and_reading_for_each_new_token():
+    full, cfg = GPT2Config(), benchmark.ppo_config()
+    by_arithmetic = limits(full, cfg, {"gemm": 1e9, "bandwidth": 1e30})
+    assert by_arithmetic["update"] == pytest.approx(1030, rel=0.02)
+    assert by_arithmetic["score"] == pytest.approx(2 / 12 * by_arithmetic["update"])
+    separate = limits(full, benchmark.ppo_config(critic="separate"), {"gemm": 1e9,
+                                                                      "bandwidth": 1e30})
+    assert separate["update"] > 1.7 * by_arithmetic["update"]
+    by_reading = limits(full, cfg, {"gemm": 1e30, "bandwidth": 1e9})
+    assert by_reading["sample"] == pytest.approx(31 * 4 * (84_934_656 + 50257 * 768) / 1e9)
+    assert by_reading["iteration"] == pytest.approx(by_reading["sample"])
+    config = GPT2Config(vocab_size=5, n_positions=64, n_embd=2, n_layer=1, n_head=1)
+    two = limits(config, benchmark.ppo_config(batch_size=1, max_new_tokens=2),
+                 {"gemm": 1, "bandwidth": 1e30})
+    step = 2 * 48 + 4 * 2 * 17 + 2 * 10                     # one token that sees 17
+    assert two["sample"] == forward_flops(config, 1, PROMPT_TOKENS, 1) + step
 
 
 # ---- what is measured ----------------------------------------------------------------------------
 
 def test_responses_of_the_random_network_never_end():
     model = random_model(SMALL, 0)
-    made = generate(model, random_prompts(Setting(SMALL, prompts=64), 0)[:64], 16, end_token=V - 1,
-                    generator=random_stream(0))
+    prompts = torch.randint(V - 1, (64, PROMPT_TOKENS), generator=random_stream(0)).tolist()
+    made = generate(model, prompts, 16, end_token=V - 1, generator=random_stream(0))
     assert not made.ended.any()
     assert (model(made.ids)[..., V - 1] < -50).all()
 
 
 def test_the_tiny_network_is_the_shipped_one():
-    assert read_config(str(ROOT / "checkpoints" / "tiny")) == TINY
+    assert read_config(str(ROOT / "checkpoints" / "tiny"), GPT2Config) == benchmark.TINY
 
 
-def test_figures_carry_their_spread():
+def test_figures_carry_their_lowest_and_highest():
     assert machine.figure([3, 1, 2]) == {"median": 2, "low": 1, "high": 3, "runs": 3}
     above, below = machine.figure([8, 6, 9]), machine.figure([2, 2, 3])
     assert machine.ratio(above, below) == {"median": 4, "low": 2, "high": 4.5, "runs": 3}
-    assert machine.rate(12, below) == {"median": 6, "low": 4, "high": 6, "runs": 3}
-    assert report.show(machine.figure([3, 1, 2])) == "2.0 (1.0..3.0)"
-    assert report.show(machine.figure([2]), 1000, 0, " ms") == "2,000 ms"
-    assert report.show(None) == "not measured"
-
-
-def test_calls_are_timed_while_it_lasts_and_then_left_alone():
-    iterations = Iterations(Setting(SMALL, prompts=2, prompt_tokens=2, new_tokens=2, epochs=3))
-    before = ppo.generate, dict(vars(iterations.optimizer))
-    with timed(iterations.optimizer, "step") as steps, timed(ppo, "generate") as sampling:
-        iterations.run()
-    assert len(steps) == 3 and len(sampling) == 1 and min(steps + sampling) > 0
-    assert (ppo.generate, list(vars(iterations.optimizer))) == (before[0], list(before[1]))
+    assert report.show(machine.figure([3, 1, 2]), "s") == "2.0 (1.0..3.0) s"
+    assert report.show(machine.figure([2]), "ms", 1000, 0) == "2,000 ms"
 
 
 def test_no_other_module_imports_the_benchmark():
@@ -247,12 +274,26 @@ def test_no_other_module_imports_the_benchmark():
 
 def test_the_quick_benchmark_writes_every_table(tmp_path):
     out = tmp_path / "new" / "figures.json"
-    result = quietly(main, BenchmarkConfig(quick=True, runs=1, out=str(out)))
+    result = quietly(benchmark.main, benchmark.BenchmarkConfig(quick=True, runs=1, naive_runs=1,
+                                                               out=str(out)))
     assert json.loads(out.read_text("utf-8")) == json.loads(json.dumps(result))
     text = out.with_suffix(".md").read_text("utf-8")
-    assert text.count("\n## ") == 6 and result["machine"]["cpu"] in text
-    assert set(result["comparison"]["ratios"]) >= {"sample", "update", "iteration"}
-    assert set(result["growth"]) == {"prompts", "new_tokens", "config"}
+    assert text.count("## ") == 3 and result["machine"]["cpu"] in text
     assert result["limits"]["gemm"] > 0 and result["limits"]["bandwidth"] > 0
-    for peak in result["memory"].values():
-        assert peak is None or 1e7 < peak < 1e10
+    first, other = result["variants"].values()
+    assert set(first["naive"]) == set(report.ROWS) and not other["naive"]
+    for variant in (first, other):
+        seconds = {phase: figure["median"] for phase, figure in variant["seconds"].items()}
+        assert min(seconds.values()) > 0
+        assert seconds["iteration"] == pytest.approx(
+            seconds["sample"] + seconds["score"] + seconds["update"])
+        assert variant["memory"] is None or 1e7 < variant["memory"] < 1e10
+
+
+def test_the_committed_result_makes_every_table_and_its_limits_are_those_of_today():
+    result = read_json(str(ROOT / "lectures" / "results" / "benchmark.json"))
+    text = report.markdown(result)
+    assert text.count("\n## ") == 2 and all(f"| {name} |" in text for name in result["variants"])
+    first = result["variants"]["124M parameters, shared critic"]
+    expected = limits(GPT2Config(), benchmark.ppo_config(), result["limits"])
+    assert first["limits"] == pytest.approx(expected)

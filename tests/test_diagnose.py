@@ -1,25 +1,25 @@
 """The diagnosis: every illness from numbers and from runs that really have it; healthy runs."""
 
 import dataclasses
-import os
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from minirlhf import ppo, reward_model, sft
-from minirlhf.diagnose import cases, causes, check, illnesses
-from minirlhf.diagnose.__main__ import DiagnoseConfig, main
-from minirlhf.diagnose.illnesses import PPO, REWARD_MODEL, SFT
-from minirlhf.diagnose.report import examine, read_run, samples_of, stage_of, write_report
-from minirlhf.museum.substitute import substituted
-from minirlhf.weights import read_json
-
 import helpers
+import pytest
 from helpers import ppo_config, quietly, reward_config, sft_config, toy_prompts
+
+from minirlhf import ppo, ppo_report, reward_model, sft
+from minirlhf.diagnose import findings, sft_illnesses
+from minirlhf.diagnose.__main__ import DiagnoseConfig, main
+from minirlhf.diagnose.ppo_illnesses import PPO, clip_width
+from minirlhf.diagnose.report import examine, read_run, samples_of, write_report
+from minirlhf.diagnose.sft_illnesses import REWARD_MODEL, SFT
+from minirlhf.experiments import diagnose_rates, ill_runs
+from minirlhf.files.disk import read_json
+from minirlhf.museum.short_runs import substituted
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "lectures" / "results" / "diagnose.json"
@@ -73,6 +73,7 @@ SICK_ROWS = [
     ("nothing moves", "PPO", {"kl_old": 1e-11, "kl_ref": lambda t: 1e-6 * t}),
     ("updates too large", "PPO", {"kl_old": lambda t: 0.2 * (t < 0.3)}),
     ("updates too large", "PPO", {"clipfrac": lambda t: 0.3 * (t > 0.8)}),
+    ("clip too tight", "PPO", {"clipfrac": 0.9}),
     ("responses do not end", "PPO", {"end_rate": lambda t: 1 - 0.6 * t}),
     ("responses do not end", "PPO", {"end_rate": lambda t: 0.3 + 0.7 * t}),
     ("KL runs away", "PPO", {"kl_ref": lambda t: 60 * t}),
@@ -86,6 +87,8 @@ SICK_ROWS = [
     ("learned by heart", "SFT", {"held_out_loss": lambda t: 1 - t + 1.3 * t * t}),
     ("learned by heart", "reward model", {"held_out_loss": lambda t: 1 - t + 1.3 * t * t}),
     ("reward model at chance", "reward model", {"held_out_accuracy": 0.51}),
+    ("reward model at chance", "reward model", {"held_out_accuracy": lambda t: 0.62 - 0.01 * t,
+                                                "held_out_loss": lambda t: 0.693 - 0.01 * t}),
 ]
 
 
@@ -97,6 +100,7 @@ def test_an_illness_is_found_in_rows_that_show_it_and_nothing_else_is(illness, s
 
 def test_every_illness_has_rows_that_show_it():
     looked_for = {("PPO", x.illness) for x in PPO} | {("SFT", x.illness) for x in SFT}
+    looked_for |= {("PPO", x.other) for x in PPO if x.other}
     looked_for.add(("reward model", "reward model at chance"))
     assert looked_for <= {(stage, illness) for illness, stage, _ in SICK_ROWS}
 
@@ -122,15 +126,41 @@ def test_a_gold_that_falls_with_the_score_is_no_hacking():
 def test_a_finding_has_the_figure_and_its_iteration():
     rows = ppo_rows(20, kl_ref=lambda t: 60.0)
     (finding,), _, _ = examine("PPO", list(rows[0]), rows)
-    assert "60.0 nats a response" in finding.figure and "iterations 15 to 19" in finding.figure
+    assert "60.0 nats per response" in finding.figure and "iterations 15 to 19" in finding.figure
+
+
+def test_a_clip_range_that_is_too_narrow_is_not_called_an_update_that_is_too_large():
+    rows = ppo_rows(clipfrac=0.5, kl_old=0.01)           # by the curves alone: a width of 0.1
+    for cliprange, illness in ((0.001, "clip too tight"), (0.2, "updates too large")):
+        (finding,), _, _ = examine("PPO", list(rows[0]), rows, {"cliprange": cliprange})
+        assert finding.illness == illness
+        assert ("lower lr" in finding.remedies) == (illness == "updates too large")
+    (unknown,), _, _ = examine("PPO", list(rows[0]), rows)
+    assert unknown.causes[-1].startswith("or cliprange is far below 0.2")
+    rows = ppo_rows(clipfrac=0.9, kl_old=0.3)            # it did go far, whatever the range
+    (finding,), _, _ = examine("PPO", list(rows[0]), rows, {"cliprange": 0.001})
+    assert finding.illness == "updates too large"
+
+
+def test_noisy_labels_come_before_a_loss_that_does_not_move():
+    rows = step_rows(held_out_loss=0.68, held_out_accuracy=0.6)
+    assert names_of("reward model", rows) == ["reward model at chance", "nothing moves"]
+    finding = examine("reward model", ["held_out_loss", "held_out_accuracy", "loss"], rows)[0][0]
+    assert finding.causes[0].startswith("the labels are noisy")
+    right = step_rows(held_out_loss=lambda t: 0.693 - 0.08 * t, held_out_accuracy=0.64)
+    assert names_of("reward model", right) == []         # as on real comparisons
+    young = step_rows(10, held_out_loss=0.68, held_out_accuracy=0.6)
+    assert names_of("reward model", young) == []         # the first evaluation says little
 
 
 def test_small_statistics_of_the_docstrings():
-    assert illnesses.mean([1, 2, 6]) == 3 and illnesses.smooth([0, 3, 6, 0]) == [1.5, 3, 3, 3]
-    assert illnesses.place(ppo_rows(3)) == "iterations 0 to 2"
-    assert len(illnesses.late(ppo_rows(25))) == 6 and len(illnesses.late(ppo_rows(4))) == 3
-    assert illnesses.window_means([1, 3, 5], 2) == [2, 4]
-    assert check.totals({"a": [1, 2], "b": [3, 3]}) == [4, 5]
+    assert clip_width(0.02, 0.317) == pytest.approx(0.2, abs=1e-3)
+    assert clip_width(-1.0, 0.5) == 0.0 and abs(clip_width(0.02, 1.0)) < 1e-9
+    assert findings.mean([1, 2, 6]) == 3 and findings.smooth([0, 3, 6, 0]) == [1.5, 3, 3, 3]
+    assert findings.place(ppo_rows(3)) == "iterations 0 to 2"
+    assert len(findings.late(ppo_rows(25))) == 6 and len(findings.late(ppo_rows(4))) == 3
+    assert sft_illnesses.window_means([1, 3, 5], 2) == [2, 4]
+    assert diagnose_rates.totals({"a": [1, 2], "b": [3, 3]}) == [4, 5]
 
 
 def test_a_few_iterations_are_too_few_to_say(tmp_path):
@@ -173,8 +203,8 @@ def test_the_sections_that_findings_name_exist():
 def test_options_that_a_remedy_names_exist():
     fields = {field.name for config in (ppo.PPOConfig, sft.SFTConfig,
                                         reward_model.RewardModelConfig)
-              for field in dataclasses.fields(config)} | set(ppo.METRICS)
-    words = {"held_out_accuracy", "check_invariants", "old_logprobs", "ref_logprobs", "old_values",
+              for field in dataclasses.fields(config)} | set(ppo_report.METRICS)
+    words = {"held_out_accuracy", "check_rollout", "old_logprobs", "ref_logprobs", "old_values",
              "ratio_first", "advantage_std"}
     for finding in all_findings():
         for text in (*finding.causes, *finding.remedies):
@@ -189,7 +219,7 @@ def test_every_finding_has_causes_and_remedies_and_every_function_says_what_it_t
         assert examination.function.__doc__.startswith("You learn: "), examination.illness
 
 
-# ---- folders -------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------
 
 def write(folder: Path, rows: list[dict], name: str = "metrics.csv") -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -198,69 +228,18 @@ def write(folder: Path, rows: list[dict], name: str = "metrics.csv") -> str:
     return str(folder)
 
 
-def test_an_unfinished_run_is_read_up_to_its_last_whole_line(tmp_path):
-    folder = write(tmp_path, ppo_rows(12), "metrics.csv.part")
-    with open(tmp_path / "metrics.csv.part", "a", encoding="utf-8") as file:
-        file.write("12,0.5")                             # a row that is being written
-    path, columns, rows = read_run(folder)
-    assert path.endswith(".part") and len(rows) == 12
-    assert "12 iterations, not finished" in write_report(folder)[0]
-
-
-def test_the_trainers_are_told_apart_by_their_columns():
-    assert stage_of(ppo.METRICS, "x") == "PPO"
-    steps = ["step", "loss", "held_out_loss", "grad_norm", "lr"]
-    assert stage_of(steps, "x") == "SFT"
-    assert stage_of([*steps, "held_out_accuracy"], "x") == "reward model"
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "expected a line of names"), ("iteration,score\n", "at least one row"),
-    ("epoch,reward\n1,2\n", "expected the columns of ppo"),
-    ("iteration,score,kl_ref,entropy\n0,1,2\n", "metrics.csv:2: expected 4 numbers"),
-    ("iteration,score,kl_ref,entropy\n0,1,two,3\n", "metrics.csv:2: expected 4 numbers"),
-    ("iteration,score,kl_ref,entropy\n0,1,2,3\n1,1,nan,3\n", "kl_ref is nan"),
-    ("\0\0\n\0\n", "found")])
-def test_a_file_that_holds_something_else_is_refused_with_its_name(tmp_path, text, words):
-    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
-        write_report(str(tmp_path))
-    assert "metrics.csv" in str(error.value)
-
-
-def test_mutated_files_end_in_a_report_or_a_value_error(tmp_path):
-    rng = random.Random(0)
-    whole = {name: Path(write(tmp_path, rows), "metrics.csv").read_bytes()
-             for name, rows in (("ppo", ppo_rows()), ("steps", step_rows()))}
-    reports = 0
-    for number in range(400):
-        content = bytearray(whole[rng.choice(["ppo", "steps"])])
-        for _ in range(rng.randint(1, 4)):
-            first = rng.randrange(len(content))
-            content[first:first + rng.choice([0, 1, 1, 9, 200])] = rng.choice(
-                [b"", b"0", b"-1", b",", b"\n", b"nan", b"1e308", b"\0", b'"', b"\xff", b"x"])
-        (tmp_path / "metrics.csv").write_bytes(content)
-        try:
-            write_report(str(tmp_path))
-            reports += 1
-        except ValueError as error:
-            assert "metrics.csv" in str(error), number
-    assert 20 < reports < 380
-
-
-def test_a_folder_without_metrics_is_refused(tmp_path):
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(FileNotFoundError, match="--out"):
-            write_report(str(folder))
-    with pytest.raises(ValueError, match="expected the folder of a run"):
-        DiagnoseConfig()
-
-
 def test_the_command_takes_the_folder_alone(tmp_path):
     folder = write(tmp_path, ppo_rows())
     done = subprocess.run([sys.executable, "-m", "minirlhf.diagnose", folder], cwd=ROOT,
                           capture_output=True, text=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0 and "Nothing ill was found" in done.stdout, done.stderr
+
+
+def test_the_old_command_of_the_rates_names_the_new_one():
+    done = subprocess.run([sys.executable, "-m", "minirlhf.diagnose.check"], cwd=ROOT,
+                          capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert done.returncode != 0 and done.stderr.count("\n") == 1
+    assert "python -m minirlhf.experiments.diagnose_rates" in done.stderr
 
 
 # ---- runs in which an illness was really produced ------------------------------------------------
@@ -277,7 +256,7 @@ def contradictions(count: int, seed: int, model: str = "") -> list[dict]:
 
 def diagnose_run(trainer, cfg, mistake: str = "") -> list[str]:
     """The illnesses that are found in the folder of a toy run."""
-    with substituted(cases.replacements(mistake)):
+    with substituted(ill_runs.replacements(mistake)):
         quietly(trainer.main, cfg)
     return [finding.illness for finding in quietly(main, DiagnoseConfig(run=cfg.out))]
 
@@ -288,21 +267,22 @@ LONGER = {"iterations": 12, "batch_size": 16, "minibatch_size": 8}
 @pytest.mark.parametrize("illness, options, mistake", [
     ("kl_ref is negative", {"lr": 2e-2}, "stale sampler"),
     ("first ratio off 1", {}, "dropout in the update"),
-    ("advantages vanish", {"reward": "minirlhf.diagnose.causes:constant",
+    ("advantages vanish", {"reward": "minirlhf.experiments.ill_runs:constant",
                            "max_new_tokens": 8}, ""),
     ("nothing moves", {"lr": 1e-9}, ""),
     ("updates too large", {"lr": 0.1}, ""),
+    ("clip too tight", {"cliprange": 1e-4}, ""),
     ("responses do not end", {"max_new_tokens": 1}, ""),
     ("KL runs away", {"kl_coef": 0.0, "lr": 2e-2, "max_new_tokens": 12}, ""),
-    ("length drifts with the score", {"reward": "minirlhf.diagnose.causes:brevity",
+    ("length drifts with the score", {"reward": "minirlhf.experiments.ill_runs:brevity",
                                       "lr": 1e-2, "max_new_tokens": 8}, ""),
-    ("entropy collapse", {"reward": "minirlhf.diagnose.causes:brevity", "kl_coef": 0.0,
+    ("entropy collapse", {"reward": "minirlhf.experiments.ill_runs:brevity", "kl_coef": 0.0,
                           "lr": 1e-2}, ""),
     ("critic explains nothing", {"critic_lr": 0.0}, ""),
 ])
 def test_an_illness_is_recognised_in_a_ppo_run_that_has_it(tmp_path, illness, options, mistake):
-    (examination,) = [x for x in PPO if x.illness == illness]
-    if not set(examination.columns) <= set(ppo.METRICS):
+    (examination,) = [x for x in PPO if illness in (x.illness, x.other)]
+    if not set(examination.columns) <= set(ppo_report.METRICS):
         pytest.skip(f"metrics.csv has no column {examination.columns}")
     cfg = ppo_config(**{**LONGER, **options, "out": str(tmp_path / "run")})
     assert illness in diagnose_run(ppo, cfg, mistake)
@@ -346,38 +326,62 @@ def test_what_the_policy_wrote_stands_in_the_report(tmp_path):
     assert sft_first.startswith("step ") and "Response:" in sft_last
 
 
+def toy_case(name: str, **options) -> ill_runs.Case:
+    """A case of the rates that needs no stage of the pipeline."""
+    values = dataclasses.asdict(ppo_config(**options))
+    return ill_runs.Case(name, "ppo", (), {name: value for name, value in values.items()
+                                           if name not in ("out", "seed")})
+
+
+def test_a_run_of_the_rates_keeps_its_metrics_and_is_not_made_twice(tmp_path, monkeypatch):
+    where = "no stages", str(tmp_path / "runs")
+    folder = diagnose_rates.make_run(toy_case("rate 0, a toy", lr=0.0), 3, *where)
+    assert folder == str(tmp_path / "runs" / "rate_0__a_toy-3")
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["metrics.csv", "samples.txt"]
+    assert len(read_run(folder)[2]) == 2
+    monkeypatch.delattr(diagnose_rates, "short_run")     # a second run would miss it
+    assert diagnose_rates.make_run(toy_case("rate 0, a toy"), 3, *where) == folder
+
+
+def test_a_run_of_the_rates_that_breaks_down_keeps_what_it_had_written(tmp_path):
+    case = toy_case("a reward of nan", reward="helpers:nan_reward")
+    folder = diagnose_rates.make_run(case, 0, "no stages", str(tmp_path / "runs"))
+    text = Path(folder, "metrics.csv.part").read_text(encoding="utf-8")
+    assert text == ",".join(ppo_report.METRICS) + "\n"
+
+
 # ---- the committed result ------------------------------------------------------------------------
 
 def test_every_illness_is_produced_by_a_case_and_every_case_names_an_illness():
     known = {examination.illness for examination in PPO + REWARD_MODEL}
-    produced = {illness for case in cases.SICK for illness in case.illnesses}
+    produced = {illness for case in ill_runs.SICK for illness in case.illnesses}
     assert produced == known
-    names = [case.name for case in cases.SICK + cases.HEALTHY]
-    assert len(names) == len(set(names)) and all(not case.illnesses for case in cases.HEALTHY)
+    names = [case.name for case in ill_runs.SICK + ill_runs.HEALTHY]
+    assert len(names) == len(set(names)) and all(not case.illnesses for case in ill_runs.HEALTHY)
 
 
 def test_rates_are_counted_from_the_findings_of_each_run():
-    results = {case.name: [list(case.illnesses), []] for case in cases.SICK}
-    results.update({case.name: [[], []] for case in cases.HEALTHY})
+    results = {case.name: [list(case.illnesses), []] for case in ill_runs.SICK}
+    results.update({case.name: [[], []] for case in ill_runs.HEALTHY})
     results["default"] = [["entropy collapse"], []]
     results["critic_lr 0"][1] = ["advantages vanish"]
-    report = check.count(results)
+    report = diagnose_rates.count(results)
     assert report["recognised"]["kl_ref is negative"] == [1, 2]
     assert report["recognised"]["updates too large"] == [2, 4]
     assert report["accused"]["default"] == [1, 2] and report["accused_in_all"][0] == 1
     assert report["others"] == {"critic_lr 0": {"advantages vanish": 1}}
-    assert "| default | 1 of 2 |" in check.table(report)
+    assert "| default | 1 of 2 |" in diagnose_rates.table(report)
 
 
 def test_missing_stages_are_refused_with_the_command_that_makes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="make the stages with: python -m minirlhf"):
-        check.main(check.CheckConfig(stages=str(tmp_path)))
+        diagnose_rates.main(diagnose_rates.RatesConfig(stages=str(tmp_path)))
 
 
 def test_the_committed_rates_are_counted_from_runs_of_all_cases():
     report = read_json(str(RESULT))
-    assert set(report["findings"]) == {case.name for case in cases.SICK + cases.HEALTHY}
+    assert set(report["findings"]) == {case.name for case in ill_runs.SICK + ill_runs.HEALTHY}
     assert all(len(runs) == len(report["seeds"]) for runs in report["findings"].values())
-    counted = check.count(report["findings"])
+    counted = diagnose_rates.count(report["findings"])
     assert {name: report[name] for name in counted} == counted
     assert not {100, 101} & set(report["seeds"]), "the seeds that thresholds were chosen on"

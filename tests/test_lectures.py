@@ -20,20 +20,21 @@ import pytest
 import torch
 
 from lectures import quotes
-from minirlhf import ppo
-from minirlhf.data import Tokenizer
+from minirlhf import ppo_report
+from minirlhf.files.pretrained import save_network
 from minirlhf.gpt2 import GPT2, GPT2Config, ScalarModel
+from minirlhf.tokenizer import Tokenizer
 from minirlhf.world import demonstrations
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LECTURES = sorted((REPOSITORY / "lectures").glob("*.md"))
-NAMES = [path.name for path in LECTURES]
-TEXT = {path.name: path.read_text(encoding="utf-8") for path in LECTURES}
+PAGES = sorted((REPOSITORY / "lectures").glob("*.md"))
+TEXT = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
+NAMES = [name for name in TEXT if name[0].isdigit()]     # lectures; the other pages hold results
 TITLES_WITHOUT_TOUR = {"Sources"}
 
 # what makes a tour quick: the same command with small numbers; a tour's own options come last
 SMALL = {
-    "minirlhf.gpt2": ["--max_new_tokens", "8"],
+    "minirlhf.generate": ["--max_new_tokens", "8"],
     "minirlhf.pretrain": ["--characters", "20000", "--vocab_size", "300", "--n_embd", "16",
                           "--n_layer", "1", "--n_head", "2", "--context", "32", "--steps", "2"],
     "minirlhf.sft": ["--examples", "40", "--held_out", "8", "--batch_size", "8", "--epochs", "1",
@@ -57,10 +58,14 @@ def workshop(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     policy = GPT2(GPT2Config(tokenizer.vocab_size, 192, 16, 1, 2))
     reward_model = ScalarModel(policy.config)
-    for name, model in (("tiny", policy), ("sft", policy), ("ppo", policy),
-                        ("reward_model", reward_model)):
+    for name, command, model in (("tiny", "", policy), ("sft", "SFT", policy),
+                                 ("ppo", "PPO", policy),
+                                 ("reward_model", "RewardModel", reward_model)):
         tokenizer.save(str(folder / "checkpoints" / name))
-        model.save_pretrained(str(folder / "checkpoints" / name))
+        save_network(model, str(folder / "checkpoints" / name))
+        if command:                                      # a later run may write there
+            run = {"command": command, "finished": True}
+            (folder / "checkpoints" / name / "run.json").write_text(json.dumps(run))
     rows = [{"prompt": row["prompt"], "chosen": row["response"] + " Enjoy!", "rejected": "No."}
             for row in demonstrations(40, 0)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -94,11 +99,12 @@ def compare(steps: list[tuple[str, str]], printed: str) -> None:
         if command.startswith("b "):
             assert "Breakpoint" in answer, f"{command}: {answer}"
         assert "***" not in answer or "***" in expected, f"{command}: {answer}"
-        assert "finished" not in answer, f"{command} ran to the end of the program"
+        ended = re.search(r"The program (finished|exited)", answer)
+        assert not ended, f"{command} ran to the end of the program"
         if expected:
             pattern = ".*".join(re.escape(part) for part in expected.strip().split("..."))
-            found = re.fullmatch(pattern, answer.strip(), re.S)
-            assert found, f"{command}: expected {expected!r}, found {answer!r}"
+            fits = re.fullmatch(pattern, answer.strip(), re.S)
+            assert fits, f"{command}: expected {expected!r}, found {answer!r}"
 
 
 def run_under_debugger(module: str, options: list[str], commands: list[str]) -> str:
@@ -122,10 +128,12 @@ def run_under_debugger(module: str, options: list[str], commands: list[str]) -> 
 
 # ---- quotes --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEXT)
 def test_quoted_code_equals_its_source(name):
-    _, changes = quotes.renew(TEXT[name])
-    assert changes == [], "run: python lectures/quotes.py --fix"
+    _, changes, broken = quotes.renew(TEXT[name])
+    stale = "\n".join([*changes, *broken])
+    assert not stale, (f"lectures/{name} quotes code that has changed. `python lectures/quotes.py "
+                       f"--fix` rewrites the quotes; then read the text around them.\n{stale}")
 
 
 def test_the_tool_finds_functions_classes_methods_and_assignments(tmp_path):
@@ -144,13 +152,37 @@ def test_the_tool_finds_functions_classes_methods_and_assignments(tmp_path):
             quotes.quote(wrong, tmp_path)
 
 
+def test_the_tool_says_where_a_moved_symbol_is_now(tmp_path):
+    (tmp_path / "minirlhf" / "engine").mkdir(parents=True)
+    (tmp_path / "a.py").write_text("", encoding="utf-8")
+    (tmp_path / "minirlhf" / "engine" / "b.py").write_text("def f():\n    pass\n", encoding="utf-8")
+    for gone in ("a.py::f", "c.py::f"):
+        with pytest.raises(ValueError, match="minirlhf/engine/b.py does"):
+            quotes.quote(gone, tmp_path)
+    with pytest.raises(ValueError, match="no file of minirlhf/ defines g"):
+        quotes.quote("a.py::g", tmp_path)
+
+
 def test_the_tool_rewrites_a_stale_quote_and_nothing_else():
     mark = "<!-- code: minirlhf/gpt2.py::behaviour_logprobs nodoc -->\n"
     before, after = "Text.\n\n" + mark + "```python\n", "```\n\n```python\nx = 1\n```\n"
-    fixed, changes = quotes.renew(before + "old\n" + after)
-    assert len(changes) == 1 and "line 4" in changes[0]
+    fixed, changes, broken = quotes.renew(before + "old\n" + after)
+    assert broken == [] and len(changes) == 1
+    assert changes[0].startswith("line 4: minirlhf/gpt2.py::behaviour_logprobs nodoc: line 1 of "
+                                 "the quote is 'old', the code has 'def behaviour_logprobs(")
     assert fixed == before + quotes.quote("minirlhf/gpt2.py::behaviour_logprobs nodoc") + after
-    assert quotes.renew(fixed) == (fixed, [])
+    assert quotes.renew(fixed) == (fixed, [], [])
+
+
+def test_the_tool_keeps_a_quote_whose_source_is_gone_and_rewrites_the_others():
+    def page(text: str) -> str:
+        return ("<!-- code: minirlhf/gpt2.py::no_such_name -->\n```python\nkept\n```\n"
+                f"<!-- code: minirlhf/data.py::TEMPLATE -->\n```python\n{text}```\n")
+
+    fixed, changes, broken = quotes.renew(page("old\n"))
+    assert fixed == page(quotes.quote("minirlhf/data.py::TEMPLATE"))
+    assert len(changes) == 1 and "line 6" in changes[0]
+    assert len(broken) == 1 and "line 1" in broken[0] and "no_such_name" in broken[0]
 
 
 # ---- code blocks and tours -----------------------------------------------------------------------
@@ -198,10 +230,23 @@ def test_a_tour_works_when_typed_at_a_terminal(workshop):
     compare(steps, process.stdout)
 
 
+@pytest.mark.parametrize("formula, caller", [
+    ("shaped_rewards", "rollout"), ("gae", "rollout"), ("whiten", "rollout"),
+    ("policy_loss", "update"), ("value_loss", "update")])
+def test_at_a_formula_of_ppo_four_frames_of_ours_are_on_the_stack(formula, caller, workshop,
+                                                                  monkeypatch):
+    monkeypatch.chdir(workshop)
+    commands = ["b main", "c", f"b {formula}", "c", "w"]
+    printed = run_under_debugger("minirlhf.ppo", SMALL["minirlhf.ppo"], commands)
+    stack = printed.split("(Pdb) ")[5]
+    frames = re.findall(r"minirlhf.*[\\/]?\w+\.py\(\d+\)(\S+)\(\)", stack)
+    assert frames == ["<module>", "main", caller, formula]
+
+
 @pytest.mark.parametrize("wrong", ["p 1 + 1\n3", "b no_such_function", "p undefined_name"])
 def test_a_tour_that_prints_something_else_is_noticed(wrong, workshop, monkeypatch):
     monkeypatch.chdir(workshop)
-    module, options, steps = read_tour(f"$ python -m pdb -m minirlhf.gpt2\n(Pdb) {wrong}\n")
+    module, options, steps = read_tour(f"$ python -m pdb -m minirlhf.generate\n(Pdb) {wrong}\n")
     printed = run_under_debugger(module, SMALL[module] + options, [command for command, _ in steps])
     with pytest.raises(AssertionError):
         compare(steps, printed)
@@ -235,16 +280,16 @@ def anchor(title: str) -> str:
 
 def test_docstrings_refer_to_sections_that_exist():
     reference = re.compile(r'Lecture:\s+lectures/([\w-]+\.md)(?:,\s+"([^"]+)")?')
-    found = 0
+    count = 0
     for path in sorted((REPOSITORY / "minirlhf").rglob("*.py")):
         for name, title in reference.findall(path.read_text(encoding="utf-8")):
             assert name in TEXT, f"{path.name} refers to lectures/{name}"
             assert not title or title in titles(TEXT[name]), f'{path.name}: {name} has no "{title}"'
-            found += 1
-    assert found >= 10
+            count += 1
+    assert count >= 10
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEXT)
 def test_links_of_a_lecture_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[name]):
         if target.startswith(("http://", "https://")):
@@ -260,16 +305,23 @@ def test_links_of_a_lecture_lead_somewhere(name):
 def test_every_metric_of_ppo_has_its_sentence():
     section = TEXT["03-ppo.md"].split("## What the metrics mean\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.M)
-    assert [metric for metric, _ in rows] == ppo.METRICS
+    assert [metric for metric, _ in rows] == ppo_report.METRICS
     for metric, sentence in rows:
         assert sentence.endswith("."), f"{metric}: {sentence}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEXT)
 def test_lectures_use_the_words_of_the_code(name):
     other_words = r"\b(completions?|quer(?:y|ies)|actors?|y_w|y_l|approx_kl|log_probs|logp)\b"
-    found = re.findall(other_words, TEXT[name], re.I)
-    assert found == [], "the code says response, prompt, policy, chosen, rejected, kl_old, logprobs"
+    assert re.findall(other_words, TEXT[name], re.I) == [], ("the code says response, prompt, "
+                                                             "policy, chosen, rejected, kl_old, "
+                                                             "logprobs")
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_rates_are_per_and_not_a(name):
+    units = r"\b(?:nats?|tokens?|points?|bytes|scores?) an? (?:token|response|second|parameter)\b"
+    assert re.findall(units, TEXT[name]) == [], "write nats per token, tokens per second"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,60 +3,60 @@
 Two real processes with gloo are started by torchrun, as a user would do it.
 """
 
-import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import (
+    TRAINERS,
+    environment,
+    ppo_config,
+    quietly,
+    reward_folder,
+    sft_config,
+    torchrun,
+    toy_model,
+    toy_tokenizer,
+)
 
-from helpers import (ppo_config, quietly, reward_config, reward_folder, sft_config, toy_model,
-                     weights_equal)
-from minirlhf import gpt2, parallel, ppo, reward_model, sft
-from minirlhf.common import read_metrics
+from minirlhf import generate, gpt2, ppo
+from minirlhf.engine import parallel
+from minirlhf.engine.metrics import read_metrics
+from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import GPT2, ScalarModel
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TRAINERS = {"sft": (sft, sft_config), "reward_model": (reward_model, reward_config),
-            "ppo": (ppo, ppo_config)}
 SMALL = {"sft": {"examples": 120, "epochs": 1, "eval_every": 3, "save_every": 3},
          "reward_model": {"comparisons": 160, "epochs": 1, "eval_every": 2, "norm_samples": 70},
          "ppo": {"iterations": 3, "batch_size": 9, "minibatch_size": 4, "kl_target": 0.5,
-                 "kl_horizon": 20.0, "reward": "REWARD"}}
+                 "kl_horizon": 20.0}}
+MODELS = {"sft": GPT2, "reward_model": ScalarModel, "ppo": GPT2}
 
 
 def options_of(name: str, **options) -> dict:
     """Options under which every statistic over the whole batch matters, with uneven shares."""
-    found = {**SMALL[name], **options}
-    if found.get("reward") == "REWARD":
-        found["reward"] = reward_folder()
-    return found
+    reward = {"reward": reward_folder()} if name == "ppo" else {}
+    return {**SMALL[name], **reward, **options}
 
 
-def arguments_of(cfg) -> list[str]:
-    """A config as a command line."""
-    words = []
-    for field in cfg.__dataclass_fields__:
-        value = getattr(cfg, field)
-        if isinstance(value, bool):
-            words.append(f"--{field}" if value else f"--no-{field}")
-        else:
-            words += [f"--{field}", str(value)]
-    return words
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The folder of a run by one process in one part; each is run once, when first asked for."""
+    folders = {}
+
+    def run(name: str, **options) -> str:
+        key = (name, *options.items())
+        if key not in folders:
+            folders[key] = str(tmp_path_factory.mktemp("plain"))
+            module, config = TRAINERS[name]
+            quietly(module.main, config(**options_of(name, out=folders[key], **options)))
+        return folders[key]
+    return run
 
 
-def torchrun(name: str, cfg, processes: int = 2) -> subprocess.CompletedProcess:
-    """Run a trainer in several processes; it must succeed."""
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-         "--standalone", "-m", f"minirlhf.{name}", *arguments_of(cfg)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, text=True,
-        capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
-
+# ---- whole runs ----------------------------------------------------------------------------------
 
 def assert_close(one: str, other: str, model_class, tolerance: float) -> None:
     """Two runs' metrics and networks agree up to the order of float32 sums.
@@ -70,20 +70,15 @@ def assert_close(one: str, other: str, model_class, tolerance: float) -> None:
         assert a == pytest.approx(b, rel=1e-2, abs=tolerance), (a, b)
     ids = torch.randint(0, 300, (20, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        outputs = [model_class.from_pretrained(folder)(ids) for folder in (one, other)]
+        outputs = [load_network(model_class, folder)(ids) for folder in (one, other)]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-2, atol=10 * tolerance)
 
 
-MODELS = {"sft": GPT2, "reward_model": ScalarModel, "ppo": GPT2}
-
-
 @pytest.mark.parametrize("name", TRAINERS)
-def test_two_processes_give_what_one_gives(name, tmp_path):
-    module, config = TRAINERS[name]
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    quietly(module.main, config(**options_of(name, out=one)))
-    done = torchrun(name, config(**options_of(name, out=two)))
-    assert_close(one, two, MODELS[name], 2e-3)
+def test_two_processes_give_what_one_gives(name, tmp_path, plain):
+    two = str(tmp_path / "two")
+    done = torchrun(name, TRAINERS[name][1](**options_of(name, out=two)))
+    assert_close(plain(name), two, MODELS[name], 2e-3)
     assert done.stdout.count("held out" if name != "ppo" else "PPO: 3 iterations") >= 1
     lines = [line for line in done.stdout.split("\n") if "iteration   0" in line or "step    3" in
              line or "step    2" in line]
@@ -95,84 +90,64 @@ def test_two_processes_give_what_one_gives(name, tmp_path):
     ("reward_model", {"accumulation": 3}), ("reward_model", {"checkpointing": True}),
     ("ppo", {"accumulation": 2}), ("ppo", {"checkpointing": True}),
     ("ppo", {"accumulation": 5, "critic": "shared", "ent_coef": 0.01})])
-def test_memory_saving_options_change_nothing_else(name, options, tmp_path):
+def test_memory_saving_options_change_nothing_else(name, options, tmp_path, plain):
     module, config = TRAINERS[name]
-    plain, saving = str(tmp_path / "plain"), str(tmp_path / "saving")
     kept = {key: value for key, value in options.items()
             if key not in ("accumulation", "checkpointing")}
-    quietly(module.main, config(**options_of(name, out=plain, **kept)))
-    quietly(module.main, config(**options_of(name, out=saving, **options)))
-    assert_close(plain, saving, MODELS[name], 2e-3)
+    quietly(module.main, config(**options_of(name, out=str(tmp_path), **options)))
+    assert_close(plain(name, **kept), str(tmp_path), MODELS[name], 2e-3)
+
+
+def kept_for_backward(model, ids: torch.Tensor) -> int:
+    """How many numbers a forward pass keeps for the backward pass."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.Tensor.clone):
+        model.hidden(ids).sum().backward()
+    return sum(kept)
 
 
 def test_checkpointing_keeps_less_for_backward():
-    ids = torch.randint(0, 300, (4, 30))
-    sizes = []
-    for checkpointing in (False, True):
-        model = toy_model(n_layer=6)
-        model.checkpointing = checkpointing
-        kept = []
-
-        def pack(tensor):
-            kept.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, torch.Tensor.clone):
-            model.hidden(ids).sum().backward()
-        sizes.append(sum(kept))
-    assert sizes[1] < 0.2 * sizes[0]
+    ids, model = torch.randint(0, 300, (4, 30)), toy_model(n_layer=6)
+    plain = kept_for_backward(model, ids)
+    model.checkpointing = True
+    assert kept_for_backward(model, ids) < 0.2 * plain
 
 
-def test_a_share_covers_every_row_once(monkeypatch):
-    for total in (0, 1, 5, 8):
-        for count in (1, 2, 3, 7):
-            monkeypatch.setattr(parallel, "processes", lambda: count)
-            rows = []
-            for number in range(count):
-                monkeypatch.setattr(parallel, "rank", lambda: number)
-                rows += list(range(total))[parallel.share(total)]
-            assert rows == list(range(total))
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_statistics_stay_in_float32_under_bfloat16(critic):
+    networks, ref_policy = ppo.make_networks(ppo_config(**options_of("ppo", dtype="bfloat16",
+                                                                     critic=critic)))
+    ids, mask = torch.randint(0, 300, (2, 6)), torch.ones(2, 5, dtype=torch.bool)
+    assert {x.dtype for x in networks(ids, mask, 1.0)} == {torch.float32}
+    assert networks.policy(ids).dtype == networks.critic(ids).dtype == torch.float32
+    with ref_policy.precision():                         # as keys come: half of the memory
+        cache = generate.KVCache(ref_policy.config, torch.tensor([3]), 5, ref_policy.wte.weight)
+    assert cache.keys.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_bfloat16_computes_in_half_precision_and_keeps_float32_weights(name, tmp_path, monkeypatch):
-    module, config = TRAINERS[name]
-    seen = set()
-    original = gpt2.MLP.forward
-
-    def watched(self, x):
-        y = original(self, x)
-        seen.add((y.dtype, self.c_fc.weight.dtype))
-        return y
-
-    monkeypatch.setattr(gpt2.MLP, "forward", watched)
-    out = str(tmp_path / "bf16")
-    quietly(module.main, config(**options_of(name, out=out, dtype="bfloat16")))
-    assert seen == {(torch.bfloat16, torch.float32)}
-    whole = str(tmp_path / "f32")
-    quietly(module.main, config(**options_of(name, out=whole)))
-    last, expected = read_metrics(out)[-1], read_metrics(whole)[-1]
-    key = {"sft": "held_out_loss", "reward_model": "held_out_loss", "ppo": "score"}[name]
-    assert last[key] == pytest.approx(expected[key], abs=0.3)
-    assert not weights_equal(MODELS[name].from_pretrained(out),
-                             MODELS[name].from_pretrained(whole))
-
-
-def test_statistics_stay_in_float32_under_bfloat16(monkeypatch):
-    cfg = ppo_config(**options_of("ppo", dtype="bfloat16"))
-    networks, ref_policy = ppo.make_networks(cfg)
-    with parallel.precision(cfg):
-        for critic in (networks, ppo.PolicyWithValue(networks.policy, None)):
-            ids, mask = torch.randint(0, 300, (2, 6)), torch.ones(2, 5, dtype=torch.bool)
-            assert {x.dtype for x in critic(ids, mask, 1.0)} == {torch.float32}
-        cache = gpt2.KVCache(ref_policy.config, torch.tensor([3]), 5, ref_policy.wte.weight)
-    assert cache.keys.dtype == torch.bfloat16            # as keys come: half of the memory
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_every_network_of_ppo_has_the_precision_that_was_asked_for(critic):
+    for dtype, expected in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        networks, ref_policy = ppo.make_networks(ppo_config(critic=critic, dtype=dtype))
+        reward = ppo.load_reward(reward_folder(), "mean", toy_tokenizer(), dtype=dtype)
+        for trunk in (networks.policy, networks.critic.transformer, ref_policy,
+                      reward.models[0].transformer):
+            with trunk.precision():
+                assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == expected
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, 4])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_accumulation_computes_fewer_rows_at_a_time(name, accumulation, tmp_path, monkeypatch):
     rows, batch_rows = [], {"sft": 16, "reward_model": 32, "ppo": 5}[name]
+    module, config = TRAINERS[name]
+    options = {"minibatch_size": 5} if name == "ppo" else {}
+    cfg = config(**options_of(name, out=str(tmp_path), accumulation=accumulation, **options))
     original = GPT2.hidden
 
     def counted(self, ids, cache=None):
@@ -181,20 +156,21 @@ def test_accumulation_computes_fewer_rows_at_a_time(name, accumulation, tmp_path
         return original(self, ids, cache)
 
     monkeypatch.setattr(GPT2, "hidden", counted)
-    module, config = TRAINERS[name]
-    options = options_of(name, out=str(tmp_path), accumulation=accumulation)
-    if name == "ppo":
-        options["minibatch_size"] = 5
-    quietly(module.main, config(**options))
+    quietly(module.main, cfg)
     part = -(-batch_rows // (accumulation * (2 if name == "reward_model" else 1)))
     assert max(rows) == part * (2 if name == "reward_model" else 1)
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_every_trained_network_obeys_checkpointing(critic, tmp_path, monkeypatch):
-    networks, ref_policy = ppo.make_networks(ppo_config(critic=critic, checkpointing=True))
-    trunks = [networks.policy] + ([networks.critic.transformer] if networks.critic else [])
-    assert all(trunk.checkpointing for trunk in trunks)
+def test_every_trained_network_of_ppo_obeys_checkpointing(critic):
+    networks, _ = ppo.make_networks(ppo_config(critic=critic, checkpointing=True))
+    assert networks.policy.checkpointing and networks.critic.transformer.checkpointing
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model"])
+def test_the_trained_network_obeys_checkpointing(name, tmp_path, monkeypatch):
+    module, config = TRAINERS[name]
+    cfg = config(**options_of(name, out=str(tmp_path), checkpointing=True))
     calls, original = [], gpt2.checkpoint
 
     def counted(*arguments, **options):
@@ -202,13 +178,124 @@ def test_every_trained_network_obeys_checkpointing(critic, tmp_path, monkeypatch
         return original(*arguments, **options)
 
     monkeypatch.setattr(gpt2, "checkpoint", counted)
-    for name in ("sft", "reward_model"):
-        module, config = TRAINERS[name]
-        calls.clear()
-        quietly(module.main, config(**options_of(name, out=str(tmp_path / name),
-                                                 checkpointing=True)))
-        assert calls
+    quietly(module.main, cfg)
+    assert calls
 
+
+# ---- shares, parts, sums -------------------------------------------------------------------------
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Let this process believe that it is number `rank` of `count`."""
+    def pretend(rank: int, count: int) -> None:
+        monkeypatch.setattr(parallel, "processes", lambda: count)
+        monkeypatch.setattr(parallel, "rank", lambda: rank)
+    return pretend
+
+
+def test_a_share_of_the_docstring(as_process):
+    as_process(1, 2)
+    assert parallel.share(9) == slice(4, 9)
+
+
+@pytest.mark.parametrize("total", [0, 1, 5, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_and_their_parts_cover_every_row_once_in_order(as_process, total, count):
+    for accumulation in (1, 2, 3, 20):
+        shared, parted = [], []
+        for rank in range(count):
+            as_process(rank, count)
+            rows = list(range(total))
+            shared += rows[parallel.share(total)]
+            parts = parallel.parts(rows, 8, accumulation)
+            assert all(0 < len(part) <= -(-8 // accumulation) for part in parts)
+            parted += [row for part in parts for row in part]
+        assert shared == parted == list(range(total))
+
+
+def test_parts_are_counted_by_the_batch_not_by_the_rows_that_are_left():
+    """The last batch of an epoch is shorter; its parts are as long as those of the others."""
+    assert parallel.parts(list(range(5)), 8, 2) == [[0, 1, 2, 3], [4]]
+    assert parallel.parts(list(range(8)), 8, 3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    parts = parallel.parts(torch.arange(5), 8, 2)
+    assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4]]
+
+
+@dataclass
+class Batch:
+    """Rows of different widths, of four types."""
+    ids: torch.Tensor               # (B, T)
+    lengths: torch.Tensor           # (B,)
+    mask: torch.Tensor              # (B, T-1) bool
+    values: torch.Tensor            # (B, T-1)
+
+
+def rows_of(first: int, last: int, width: int) -> Batch:
+    """Rows `first` to `last`; each number names its row and column."""
+    rows = torch.arange(first, last)[:, None]
+    return Batch(100 * rows + torch.arange(width), rows[:, 0] + 1,
+                 (rows + torch.arange(width - 1)) % 2 == 0,
+                 rows / 3 + torch.arange(width - 1))
+
+
+def test_one_process_gets_back_what_it_gives():
+    batch, numbers = rows_of(0, 3, 4), [0.1, 2.0]
+    layer = torch.nn.Linear(2, 1)
+    assert parallel.gather(batch, ids=7) is batch
+    assert parallel.gather_rows(batch.ids, 3) is batch.ids
+    assert parallel.sums(numbers, torch.device("cpu")) is numbers
+    assert parallel.largest_over_processes(0.1, torch.device("cpu")) == 0.1
+    assert parallel.first_alone(len, "abc") == 3
+    parallel.add_gradients(layer.parameters())
+    assert layer.weight.grad is None and (parallel.rank(), parallel.processes()) == (0, 1)
+
+
+def exercise_two_processes() -> None:
+    """What each of two processes runs; row 0 of 3 is the first one's, rows 1 and 2 the other's."""
+    parallel.start("cpu")
+    rank, device = parallel.rank(), torch.device("cpu")
+    assert parallel.processes() == 2
+    mine = rows_of(0, 1, 3) if rank == 0 else rows_of(1, 3, 5)
+    whole = parallel.gather(mine, ids=7)
+    expected = rows_of(0, 3, 5)
+    expected.ids[0, 3:], expected.mask[0, 2:], expected.values[0, 2:] = 7, False, 0.0
+    for name in ("ids", "lengths", "mask", "values"):
+        found = getattr(whole, name)
+        assert found.dtype == getattr(expected, name).dtype, name
+        assert torch.equal(found, getattr(expected, name)), (name, found)
+    numbers = [sum([]), sum([])] if rank == 0 else [1.5, 2.0]    # two ints 0: it had no rows
+    assert parallel.sums(numbers, device) == [1.5, 2.0]
+    assert parallel.largest_over_processes(float(-rank), device) == 0.0
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(layer.parameters())     # it imports much of PyTorch
+    if rank == 1:                                        # the other had no rows: it has no gradient
+        layer.weight.grad, layer.bias.grad = torch.ones(1, 1), torch.full((1,), 2.0)
+    parallel.add_gradients(layer.parameters())
+    assert (layer.weight.grad.item(), layer.bias.grad.item()) == (1.0, 2.0)
+    optimizer.step()
+    order = []
+    parallel.first_alone(order.append, rank)
+    assert order == [rank]
+    print(f"process {rank}")                             # only process 0 may be heard
+    parallel.finish()
+    assert not parallel.started()
+    if sys.platform.startswith("linux"):                 # they could abort the process at its end
+        threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+        assert not [name for name in threads if "gloo" in name], threads
+
+
+def test_two_processes_put_together_what_each_has(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text("import test_parallel\ntest_parallel.exercise_two_processes()\n",
+                      encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--standalone", str(script)], env=environment(), text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("process") == 1 and "process 0" in done.stdout
+
+
+# ---- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
     ({"device": "tpu"}, "--device is 'tpu', expected one of cpu, cuda, mps"),
@@ -224,5 +311,3 @@ def test_bad_hardware_options_are_refused(options, words):
 def test_a_missing_device_is_named():
     with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA device"):
         sft_config(device="cuda")
-
-

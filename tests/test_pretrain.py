@@ -1,14 +1,19 @@
 """Pretraining: documents as one stream, windows, learning, and models with random weights."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from helpers import REPOSITORY
 
 from minirlhf import pretrain
-from minirlhf.common import random_stream, read_metrics
-from minirlhf.data import Tokenizer
+from minirlhf.engine.metrics import read_metrics
+from minirlhf.engine.training import random_stream
+from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import GPT2
 from minirlhf.pretrain import PretrainConfig
+from minirlhf.tokenizer import Tokenizer
 
 
 def config(tmp_path, **options) -> PretrainConfig:
@@ -47,7 +52,7 @@ def test_it_learns_the_text_saves_a_loadable_folder_and_repeats_from_its_seed(tm
     row = pretrain.main(config(tmp_path))
     first = read_metrics(str(tmp_path / "base"))
     assert row["held_out_loss"] < 0.8 * np.log(300) and first[-1]["loss"] < first[0]["loss"]
-    assert GPT2.from_pretrained(str(tmp_path / "base")).config.vocab_size == 300
+    assert load_network(GPT2, str(tmp_path / "base")).config.vocab_size == 300
     again = pretrain.main(config(tmp_path, out=str(tmp_path / "again")))
     assert again["held_out_loss"] == row["held_out_loss"]
 
@@ -56,7 +61,7 @@ def test_no_steps_save_the_random_weights_of_the_seed(tmp_path):
     folder = str(tmp_path / "base")
     assert pretrain.main(config(tmp_path, steps=0, seed=7)) == {}
     torch.manual_seed(7)
-    model = GPT2.from_pretrained(folder)
+    model = load_network(GPT2, folder)
     expected = GPT2(model.config).wte.weight.half().float()
     assert torch.equal(model.wte.weight, expected)
     assert Tokenizer.load(folder).vocab_size == 300
@@ -67,7 +72,7 @@ def test_gpt2s_tokenizer_needs_no_text_and_no_network(tmp_path, gpt2_tokenizer):
     pretrain.main(config(tmp_path, text=str(tmp_path / "none.txt"), tokenizer="gpt2", steps=0,
                          n_embd=4, n_head=1))
     assert Tokenizer.load(folder).merges == gpt2_tokenizer.merges
-    assert GPT2.from_pretrained(folder).config.vocab_size == 50257
+    assert load_network(GPT2, folder).config.vocab_size == 50257
 
 
 @pytest.mark.parametrize("options, message", [
@@ -88,6 +93,10 @@ def test_a_text_that_is_too_small_is_refused(tmp_path):
 
 
 def test_a_text_does_not_replace_the_shipped_base(tmp_path):
-    with pytest.raises(ValueError, match="would replace the shipped base model"):
-        pretrain.PretrainConfig(text="book.txt")
-    pretrain.PretrainConfig(text="book.txt", out=str(tmp_path))
+    shutil.copytree(REPOSITORY / "checkpoints" / "tiny", tmp_path / "tiny")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    with pytest.raises(ValueError, match="tiny holds .*, expected a new or an empty folder"):
+        pretrain.main(config(tmp_path, out=str(tmp_path / "tiny")))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    pretrain.main(config(tmp_path, out=str(tmp_path / "tiny"), replace=True, steps=0))
+    assert load_network(GPT2, str(tmp_path / "tiny")).config.vocab_size == 300

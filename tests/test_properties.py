@@ -13,11 +13,14 @@ import random
 import pytest
 import torch
 
-from minirlhf.common import learning_rate, masked_mean, whiten
 from minirlhf.data import response_mask
-from minirlhf.gpt2 import behaviour_logprobs, filter_logprobs, product, sample, token_logprobs
-from minirlhf.ppo import adapt_kl_coef, gae, policy_loss, shaped_rewards, value_loss
+from minirlhf.engine import fast
+from minirlhf.engine.training import learning_rate, masked_mean, whiten
+from minirlhf.generate import filter_logprobs, sample
+from minirlhf.gpt2 import behaviour_logprobs, token_logprobs
+from minirlhf.ppo import gae, policy_loss, shaped_rewards, value_loss
 from minirlhf.reward_model import accuracy, bradley_terry_loss, calibration_error
+from minirlhf.rewards import adapt_kl_coef
 from minirlhf.sft import sft_loss
 
 CASES = int(os.environ.get("MINIRLHF_PROPERTIES", "40"))
@@ -85,6 +88,13 @@ class Case:
         other.mask = function(self.mask)
         return other
 
+    def with_junk(self) -> "Case":
+        """The same case with junk outside the mask."""
+        other = self.changed(torch.clone)
+        other.a, other.b, other.c = [with_junk(self.rng, x, self.mask)
+                                     for x in (self.a, self.b, self.c)]
+        return other
+
 
 def run_masked_mean(x: Case):
     return [masked_mean(x.a, x.mask)]
@@ -118,8 +128,8 @@ PER_TOKEN = [run_whiten, run_shaped_rewards, run_gae]
 LOSSES = [run_masked_mean, run_policy_loss, run_value_loss, run_sft_loss]
 
 
-def assert_equal(found: list, expected: list, rtol: float = 1e-12, atol: float = 1e-12) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_equal(results: list, expected: list, rtol: float = 1e-12, atol: float = 1e-12) -> None:
+    for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
@@ -129,7 +139,7 @@ def assert_equal(found: list, expected: list, rtol: float = 1e-12, atol: float =
 def test_nothing_outside_the_mask_changes_anything(formula):
     for rng in cases():
         x = Case(rng, rollout_mask(rng), rng.choice([torch.float32, torch.float64]))
-        y = x.changed(lambda t: t if t.dtype == torch.bool else with_junk(rng, t, x.mask))
+        y = x.with_junk()
         assert_equal(formula(y), formula(x), 0, 0)
         for result in formula(y):
             if result.dim() == 2:
@@ -142,7 +152,7 @@ def test_nothing_outside_the_mask_changes_anything(formula):
 def test_nothing_outside_the_mask_changes_a_gradient_or_gets_one(formula):
     for rng in cases():
         x = Case(rng, rollout_mask(rng))
-        y = x.changed(lambda t: t if t.dtype == torch.bool else with_junk(rng, t, x.mask))
+        y = x.with_junk()
         for case in (x, y):
             case.a.requires_grad_()
             formula(case)[0].backward()
@@ -150,31 +160,22 @@ def test_nothing_outside_the_mask_changes_a_gradient_or_gets_one(formula):
         assert (x.a.grad[~x.mask] == 0).all() and x.a.grad.isfinite().all()
 
 
-def test_large_numbers_outside_the_mask_give_no_value_a_gradient():
-    """Numbers, as networks make them; nan and inf are the test above."""
-    for rng in cases():
-        x = Case(rng, rollout_mask(rng))
-        dirty = torch.where(x.mask, x.a, 1e12).requires_grad_()
-        value_loss(dirty, x.b, x.c, x.mask, x.cliprange).backward()
-        clean = x.a.requires_grad_()
-        value_loss(clean, x.b, x.c, x.mask, x.cliprange).backward()
-        assert torch.equal(dirty.grad, clean.grad) and (dirty.grad[~x.mask] == 0).all()
-
-
 @pytest.mark.parametrize("formula", PER_TOKEN + LOSSES)
 def test_padding_on_either_side_changes_nothing(formula):
-    """More prompt in front (state columns before the response) or more padding behind."""
+    """More prompt in front (state columns before the response) or more padding after it."""
     for rng in cases():
         x = Case(rng, rollout_mask(rng))
-        front, behind = rng.randint(0, 3), rng.randint(0, 3)
+        front, after = rng.randint(0, 3), rng.randint(0, 3)
 
-        def widen(t: torch.Tensor) -> torch.Tensor:
+
+        def widen(t: torch.Tensor, rng=rng, front=front, after=after) -> torch.Tensor:
             fill = False if t.dtype == torch.bool else rng.choice(JUNK)
-            return torch.nn.functional.pad(t, (front, behind), value=fill)
-        for found, expected in zip(formula(x.changed(widen)), formula(x)):
+            return torch.nn.functional.pad(t, (front, after), value=fill)
+
+        for result, expected in zip(formula(x.changed(widen)), formula(x)):
             if expected.dim() == 2:
-                expected = torch.nn.functional.pad(expected, (front, behind))
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+                expected = torch.nn.functional.pad(expected, (front, after))
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("formula", PER_TOKEN + LOSSES)
@@ -182,7 +183,7 @@ def test_the_order_of_rows_does_not_matter(formula):
     for rng in cases():
         x = Case(rng, rollout_mask(rng))
         order = torch.tensor(rng.sample(range(len(x.mask)), len(x.mask)))
-        y = x.changed(lambda t: t[order])
+        y = x.changed(lambda t, order=order: t[order])
         y.scores = x.scores[order]
         assert_equal(formula(y), [r[order] if r.dim() == 2 else r for r in formula(x)])
 
@@ -193,16 +194,17 @@ def test_rows_that_are_masked_out_whole_change_nothing(formula):
         x = Case(rng, rollout_mask(rng))
         rows = rng.randint(1, 3)
 
-        def add_rows(t: torch.Tensor) -> torch.Tensor:
+        def add_rows(t: torch.Tensor, rng=rng, rows=rows) -> torch.Tensor:
             fill = False if t.dtype == torch.bool else rng.choice(JUNK)
             return torch.cat([t, torch.full((rows, t.shape[1]), fill, dtype=t.dtype)])
+
         y = x.changed(add_rows)
         y.scores = torch.cat([x.scores, torch.full((rows,), 7.0, dtype=x.scores.dtype)])
-        for found, expected in zip(formula(y), formula(x)):
+        for result, expected in zip(formula(y), formula(x)):
             if expected.dim() == 2:
-                assert (found[len(x.mask):] == 0).all()
-                found = found[:len(x.mask)]
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+                assert (result[len(x.mask):] == 0).all()
+                result = result[:len(x.mask)]
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("formula", [run_shaped_rewards, run_gae])
@@ -210,7 +212,7 @@ def test_a_row_alone_equals_the_row_in_its_batch(formula):
     for rng in cases():
         x = Case(rng, rollout_mask(rng))
         row = rng.randrange(len(x.mask))
-        y = x.changed(lambda t: t[row:row + 1])
+        y = x.changed(lambda t, row=row: t[row:row + 1])
         y.scores = x.scores[row:row + 1]
         assert_equal(formula(y), [result[row:row + 1] for result in formula(x)], 0, 0)
 
@@ -233,8 +235,9 @@ def test_losses_of_parts_with_the_count_of_the_whole_add_up_with_their_gradients
         count, cut = int(x.mask.sum()), rng.randint(0, len(x.mask))
         rows = [slice(0, cut), slice(cut, None)]
         for loss in (run_masked_mean, run_policy_loss, run_value_loss):
-            whole, parts = x.a.clone().requires_grad_(), x.a.clone().requires_grad_()
-            loss(x.changed(lambda t: whole if t is x.a else t))[0].backward()
+            parts, whole = x.a.clone().requires_grad_(), x.changed(torch.clone)
+            whole.a.requires_grad_()
+            loss(whole)[0].backward()
             for part in rows:
                 a, b, c, mask = parts[part], x.b[part], x.c[part], x.mask[part]
                 if loss is run_masked_mean:
@@ -243,7 +246,7 @@ def test_losses_of_parts_with_the_count_of_the_whole_add_up_with_their_gradients
                     policy_loss(a, b, c, mask, x.cliprange, count)[0].backward()
                 else:
                     value_loss(a, b, c, mask, x.cliprange, count).backward()
-            torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(parts.grad, whole.a.grad, rtol=1e-9, atol=1e-12)
 
 
 # ---- masked mean, whitening ----------------------------------------------------------------------
@@ -266,13 +269,12 @@ def test_whitening_forgets_shift_and_scale():
         mask = any_mask(rng)
         x = draw(rng, *mask.shape)
         scale, shift = 10 ** rng.uniform(0, 15), rng.uniform(-5, 5)
-        spread = x[mask].std(unbiased=False).item()
-        if spread > 0.1:
+        if x[mask].std(unbiased=False) > 0.1:
             expected = whiten(x, mask)
-            found = whiten(scale * (x + shift), mask)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-            found = whiten((scale * (x + shift)).float(), mask)
-            torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+            result = whiten(scale * (x + shift), mask)
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+            result = whiten((scale * (x + shift)).float(), mask)
+            torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_whitened_numbers_have_mean_0_deviation_1_and_keep_their_order():
@@ -293,14 +295,14 @@ def test_rewards_are_the_penalty_everywhere_and_the_score_once():
     for rng in cases():
         x = Case(rng, any_mask(rng))
         x.a = x.a * 10 ** rng.uniform(-3, 4)
-        found = shaped_rewards(x.scores, x.a, x.mask, x.kl_coef)
+        result = shaped_rewards(x.scores, x.a, x.mask, x.kl_coef)
         for row in range(len(x.mask)):
             columns = x.mask[row].nonzero()[:, 0].tolist()
             for column in range(x.mask.shape[1]):
                 expected = -x.kl_coef * x.a[row, column].item() if column in columns else 0.0
                 if columns and column == columns[-1]:
                     expected += x.scores[row].item()
-                assert found[row, column].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+                assert result[row, column].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 def slow_advantages(rewards: list, values: list, gamma: float, lam: float) -> list[float]:
@@ -481,29 +483,30 @@ def test_bradley_terry_gradients_push_apart_and_never_harder_than_one():
             assert chosen.grad.abs().max() <= 1 / n + 1e-6
 
 
-def slow_calibration(margins: list[float], bins: int) -> float:
-    gaps = [0.0] * bins
+def slow_statistics(margins: list[float], bins: int) -> tuple[float, float]:
+    """Accuracy and calibration error, one comparison at a time."""
+    choices, gaps = 0.0, [0.0] * bins
     for margin in margins:
         stated = 1 / (1 + math.exp(-min(abs(margin), 700)))
         right = 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
+        choices += right
         gaps[min(int((stated - 0.5) * 2 * bins), bins - 1)] += stated - right
-    return sum(abs(gap) for gap in gaps) / len(margins)
+    return choices / len(margins), sum(abs(gap) for gap in gaps) / len(margins)
 
 
-def test_calibration_error_equals_a_slow_reference_and_does_not_depend_on_order():
+def test_accuracy_and_calibration_equal_a_slow_reference_and_do_not_depend_on_order():
     for rng in cases():
         n, bins = rng.randint(1, 40), rng.randint(1, 15)
         margins = draw(rng, n, scale=rng.choice([0.1, 1, 10, 1e4]))
         margins[rng.randrange(n)] = rng.choice([0.0, -0.0, 1e30, -1e30, math.inf, -math.inf, 1.0])
-        found = calibration_error(margins, bins)
-        assert found == pytest.approx(slow_calibration(margins.tolist(), bins), abs=1e-9)
+        share, error = slow_statistics(margins.tolist(), bins)
+        assert accuracy(margins) == pytest.approx(share)
+        assert calibration_error(margins, bins) == pytest.approx(error, abs=1e-9)
         shuffled = margins[torch.tensor(rng.sample(range(n), n))]
-        assert calibration_error(shuffled, bins) == pytest.approx(found, abs=1e-12)
-        assert 0 <= found <= 1
-        assert accuracy(margins) + accuracy(-margins) == pytest.approx(1)
+        assert calibration_error(shuffled, bins) == pytest.approx(error, abs=1e-9)
 
 
-# ---- products without a gradient -----------------------------------------------------------------
+# ---- products ------------------------------------------------------------------------------------
 
 def test_products_without_a_gradient_equal_those_with_one():
     """On either side of the sizes from which another library computes them."""
@@ -520,10 +523,10 @@ def test_products_without_a_gradient_equal_those_with_one():
             x[rng.randrange(rows), rng.randrange(n_in)] = junk
         expected = torch.nn.functional.linear(x, weight, bias)
         with torch.no_grad():
-            found = product(x, weight, bias)
+            result = fast.linear(x, weight, bias)
         size = scale * math.sqrt(n_in) if junk is None or not math.isfinite(junk) else 1e30
-        assert torch.equal(found.isnan(), expected.isnan())
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
+        assert torch.equal(result.isnan(), expected.isnan())
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
 
 
 # ---- from hidden states to log-probabilities -----------------------------------------------------
@@ -538,7 +541,7 @@ class TokenCase:
         self.unembedding = draw(rng, V, C, scale=scale, dtype=dtype)
         self.ids = torch.tensor([[rng.randrange(V) for _ in range(T)] for _ in range(B)])
         self.temperature = rng.choice([1.0, 0.3, 2.5])
-        self.entropy_grad = rng.random() < 0.5           # the plain form, or the one-tensor form
+        self.entropy_grad = rng.random() < 0.5           # the plain form, or its fast twin
 
     def run(self, **changes):
         x = {**self.__dict__, **changes}
@@ -552,32 +555,32 @@ def test_token_logprobs_equal_a_token_by_token_reference():
         logprobs, entropy = x.run()
         for row in range(len(x.mask)):
             for t in range(x.mask.shape[1]):
-                expected, spread = 0.0, 0.0
+                expected, surprise = 0.0, 0.0            # of the action, and its mean
                 if x.mask[row, t]:
                     logits = [sum(h * w for h, w in zip(x.hidden[row, t].tolist(), weight))
                               / x.temperature for weight in x.unembedding.tolist()]
                     norm = math.log(sum(math.exp(logit) for logit in logits))
                     expected = logits[x.ids[row, t + 1]] - norm
-                    spread = -sum((z - norm) * math.exp(z - norm) for z in logits)
+                    surprise = -sum((z - norm) * math.exp(z - norm) for z in logits)
                 assert logprobs[row, t].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-                assert entropy[row, t].item() == pytest.approx(spread, rel=1e-9, abs=1e-9)
+                assert entropy[row, t].item() == pytest.approx(surprise, rel=1e-9, abs=1e-9)
 
 
-def test_the_one_tensor_form_gives_the_values_and_gradients_of_the_plain_one():
+def test_the_fast_form_gives_the_values_and_gradients_of_the_plain_one():
     for rng in cases():
         dtype, scale = rng.choice([torch.float32, torch.float64]), rng.choice([1, 30, 1e4])
         x = TokenCase(rng, scale, dtype)
         weights_of_tokens = draw(rng, *x.mask.shape, dtype=dtype)
-        found = []
+        forms = []
         for entropy_grad in (True, False):
             states = x.hidden.clone().requires_grad_()
             unembedding = x.unembedding.clone().requires_grad_()
             logprobs, entropy = x.run(hidden=states, unembedding=unembedding,
                                       entropy_grad=entropy_grad)
             (logprobs * weights_of_tokens).sum().backward()
-            found.append([logprobs.detach(), entropy.detach(), states.grad, unembedding.grad])
+            forms.append([logprobs.detach(), entropy.detach(), states.grad, unembedding.grad])
         tolerance = 1e-9 if dtype == torch.float64 else 1e-3
-        for one, other in zip(*found):
+        for one, other in zip(*forms):
             size = 1 + other.abs().max().item()          # sums over tokens of unequal size
             torch.testing.assert_close(one / size, other / size, rtol=tolerance, atol=tolerance)
 
@@ -608,13 +611,13 @@ def test_rows_and_padding_do_not_change_token_logprobs():
         x = TokenCase(rng)
         expected = x.run()
         order = torch.tensor(rng.sample(range(len(x.mask)), len(x.mask)))
-        found = x.run(hidden=x.hidden[order], ids=x.ids[order], mask=x.mask[order])
-        assert_equal(found, [result[order] for result in expected], 1e-9, 1e-9)
+        result = x.run(hidden=x.hidden[order], ids=x.ids[order], mask=x.mask[order])
+        assert_equal(result, [result[order] for result in expected], 1e-9, 1e-9)
         more = rng.randint(1, 4)
         pad = torch.nn.functional.pad
-        found = x.run(hidden=pad(x.hidden, (0, 0, 0, more), value=math.nan),
+        result = x.run(hidden=pad(x.hidden, (0, 0, 0, more), value=math.nan),
                       ids=pad(x.ids, (0, more), value=0), mask=pad(x.mask, (0, more)))
-        assert_equal(found, [pad(result, (0, more)) for result in expected], 1e-9, 1e-9)
+        assert_equal(result, [pad(result, (0, more)) for result in expected], 1e-9, 1e-9)
 
 
 def test_logits_of_ten_thousand_stay_finite_with_their_gradients():
@@ -632,32 +635,24 @@ def test_logits_of_ten_thousand_stay_finite_with_their_gradients():
 def test_token_logprobs_of_float32_agree_with_float64():
     for rng in cases():
         x = TokenCase(rng)
-        found = x.run(hidden=x.hidden.float(), unembedding=x.unembedding.float())
-        assert_equal([result.double() for result in found], x.run(), 1e-4, 1e-4)
+        result = x.run(hidden=x.hidden.float(), unembedding=x.unembedding.float())
+        assert_equal([one.double() for one in result], x.run(), 1e-4, 1e-4)
 
 
 def test_behaviour_logprobs_are_a_distribution_that_forgets_shifts():
     for rng in cases():
         logits = draw(rng, rng.randint(1, 4), rng.randint(1, 9), scale=rng.choice([1, 30, 1e4]))
         temperature = rng.choice([1e-3, 0.5, 1.0, 100.0])
-        found = behaviour_logprobs(logits, temperature)
-        assert found.isfinite().all() and (found <= 0).all()
-        torch.testing.assert_close(found.exp().sum(-1), torch.ones_like(found[:, 0]))
+        result = behaviour_logprobs(logits, temperature)
+        assert result.isfinite().all() and (result <= 0).all()
+        torch.testing.assert_close(result.exp().sum(-1), torch.ones_like(result[:, 0]))
         shifted = behaviour_logprobs(logits + rng.uniform(-50, 50), temperature)
-        torch.testing.assert_close(shifted, found, rtol=1e-7, atol=1e-6)
-        torch.testing.assert_close(behaviour_logprobs(logits / temperature), found)
-        assert torch.equal(found.argmax(-1), logits.argmax(-1))
+        torch.testing.assert_close(shifted, result, rtol=1e-7, atol=1e-6)
+        torch.testing.assert_close(behaviour_logprobs(logits / temperature), result)
+        assert torch.equal(result.argmax(-1), logits.argmax(-1))
         single = behaviour_logprobs(logits.float(), temperature).double()
-        torch.testing.assert_close(single.exp(), found.exp(), rtol=0.02 / temperature, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_behaviour_logprobs_of_half_precision_are_computed_in_float32(dtype):
-    for rng in cases():
-        logits = draw(rng, 2, rng.randint(1, 9), scale=20, dtype=dtype)
-        found = behaviour_logprobs(logits, 0.7)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, behaviour_logprobs(logits.float(), 0.7), rtol=0, atol=0)
+        size = (logits / temperature).abs().max().item()         # float32 has 24 bits of it
+        torch.testing.assert_close(single, result, rtol=0, atol=1e-5 + 1e-6 * size)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -676,8 +671,8 @@ def test_sampling_equals_a_walk_along_the_probabilities():
     for rng in cases():
         logprobs = random_logprobs(rng)
         uniforms = [rng.choice([0.0, 2 ** -53, rng.random(), 1 - 2 ** -53]) for _ in logprobs]
-        found = sample(logprobs, torch.tensor(uniforms, dtype=torch.float64)).tolist()
-        for row, uniform, token in zip(logprobs.exp().tolist(), uniforms, found):
+        result = sample(logprobs, torch.tensor(uniforms, dtype=torch.float64)).tolist()
+        for row, uniform, token in zip(logprobs.exp().tolist(), uniforms, result):
             below, upto = sum(row[:token]), sum(row[:token + 1])
             assert row[token] > 0                        # never a token of probability 0
             assert below - 1e-12 <= uniform * sum(row) <= upto + 1e-12
@@ -687,12 +682,12 @@ def test_a_sample_depends_on_nothing_but_its_own_row_and_number():
     for rng in cases():
         logprobs = random_logprobs(rng, rng.choice([torch.float32, torch.float64]))
         uniforms = torch.tensor([rng.random() for _ in logprobs], dtype=torch.float64)
-        found = sample(logprobs, uniforms)
+        result = sample(logprobs, uniforms)
         order = torch.tensor(rng.sample(range(len(logprobs)), len(logprobs)))
-        assert torch.equal(sample(logprobs[order], uniforms[order]), found[order])
+        assert torch.equal(sample(logprobs[order], uniforms[order]), result[order])
         for row in range(len(logprobs)):
             alone = sample(logprobs[row:row + 1], uniforms[row:row + 1])
-            assert torch.equal(alone, found[row:row + 1])
+            assert torch.equal(alone, result[row:row + 1])
 
 
 def test_larger_uniforms_never_give_smaller_tokens():
@@ -723,22 +718,22 @@ def test_filtering_equals_a_slow_reference():
     for rng in cases():
         logprobs = random_logprobs(rng)
         top_k, top_p = rng.choice([0, 1, 2, 5, 100]), rng.choice([1.0, 0.01, rng.random(), 0.999])
-        found = filter_logprobs(logprobs, top_k, top_p)
-        torch.testing.assert_close(found.exp().sum(1), torch.ones_like(found[:, 0]))
-        for row, filtered in zip(logprobs.exp().tolist(), found.exp().tolist()):
+        result = filter_logprobs(logprobs, top_k, top_p)
+        torch.testing.assert_close(result.exp().sum(1), torch.ones_like(result[:, 0]))
+        for row, filtered in zip(logprobs.exp().tolist(), result.exp().tolist()):
             assert filtered == pytest.approx(slow_filter(row, top_k, top_p), abs=1e-9)
 
 
 def test_filtering_keeps_the_likeliest_token_and_the_proportions():
     for rng in cases():
         logprobs = random_logprobs(rng, rng.choice([torch.float32, torch.float64]))
-        found = filter_logprobs(logprobs, rng.choice([0, 1, 3]), rng.choice([1.0, 1e-6, 0.9]))
-        assert not found.isnan().any()
+        result = filter_logprobs(logprobs, rng.choice([0, 1, 3]), rng.choice([1.0, 1e-6, 0.9]))
+        assert not result.isnan().any()
         best = logprobs.argmax(dim=1, keepdim=True)
-        assert torch.equal(found.argmax(dim=1, keepdim=True), best)
-        kept = found > -math.inf
+        assert torch.equal(result.argmax(dim=1, keepdim=True), best)
+        kept = result > -math.inf
         assert kept.gather(1, best).all()
-        apart = (found - logprobs) - (found - logprobs).gather(1, best)
+        apart = (result - logprobs) - (result - logprobs).gather(1, best)
         assert apart[kept].abs().max() < 1e-3
         assert torch.equal(filter_logprobs(logprobs).exp(), logprobs.log_softmax(1).exp())
 
@@ -773,9 +768,9 @@ def test_the_kl_coefficient_stays_positive_moves_the_right_way_and_slowly():
         responses = rng.randint(1, 10 ** 4)
         horizon = responses * 10 ** rng.uniform(0, 4)    # a shorter one is refused by PPOConfig
         kl_refs = sorted([-target, 0.0, target, rng.uniform(-1e3, 1e3), 1e30, -1e30])
-        found = [adapt_kl_coef(coef, kl_ref, target, responses, horizon) for kl_ref in kl_refs]
-        assert found == sorted(found)                    # the more kl_ref, the more penalty
-        for kl_ref, moved in zip(kl_refs, found):
+        coefs = [adapt_kl_coef(coef, kl_ref, target, responses, horizon) for kl_ref in kl_refs]
+        assert coefs == sorted(coefs)                    # the more kl_ref, the more penalty
+        for kl_ref, moved in zip(kl_refs, coefs):
             assert 0.8 * coef * (1 - 1e-9) <= moved <= 1.2 * coef * (1 + 1e-9)
             assert (moved - coef) * (kl_ref - target) >= 0
-        assert found[kl_refs.index(target)] == coef
+        assert coefs[kl_refs.index(target)] == coef

@@ -1,63 +1,193 @@
-"""The README's figures are those of the committed reports, and its links lead somewhere."""
+"""The figures of the README and of the pages that it links are those of the stored results.
+
+Their links lead somewhere, and the commands that they name exist.
+"""
 
 import json
-import os
 import re
+from pathlib import Path
 
-from minirlhf.benchmark import report
+import pytest
+
 from minirlhf.experiments.seeds import summarise
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "lectures" / "results"
+PAGES = ["README.md", *sorted(f"lectures/{path.name}" for path in (ROOT / "lectures").glob("*.md"))]
 
 
-def read(*path: str) -> str:
-    with open(os.path.join(ROOT, *path), encoding="utf-8") as file:
-        return file.read()
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_the_table_of_seeds_is_made_from_the_committed_reports():
-    reports = json.loads(read("lectures", "results", "seeds.json"))["reports"]
-    assert summarise(reports) in read("README.md")
+def stored(name: str):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def test_the_result_of_the_default_run_is_that_of_the_committed_report():
-    found, text = json.loads(read("lectures", "results", "report.json")), read("README.md")
+# ---- figures -------------------------------------------------------------------------------------
+
+def test_the_table_of_seeds_is_made_from_the_stored_reports():
+    assert summarise(stored("seeds.json")["reports"]) in read("lectures/reliability.md")
+
+
+def test_the_small_table_of_the_readme_is_the_mean_and_the_range_over_the_seeds():
+    reports = stored("seeds.json")["reports"]
+
+    def cell(figures: list[float]) -> str:
+        return (f"{sum(figures) / len(figures):.2f} "
+                f"({min(figures):.2f} to {max(figures):.2f})")
+
+    for title, name in (("the gold judge's score, at most 3.5", "gold"),
+                        ("answers that are fully right", "fully_right")):
+        cells = [cell([row[name][policy] for row in reports]) for policy in ("base", "sft", "rlhf")]
+        assert f"| {title} | {' | '.join(cells)} |" in read("README.md")
+    cells = [cell([row[name]["mean"] for row in reports]) for name in ("control", "win_rate")]
+    assert f"| beats SFT, share of comparisons | | {' | '.join(cells)} |" in read("README.md")
+
+
+def test_the_result_of_the_default_run_is_that_of_the_stored_report():
+    result, text = stored("report.json"), read("README.md")
     for policy, line_start in (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF")):
         (line,) = re.findall(rf"^{line_start}  +-?[0-9].*$", text, re.M)
         for name in ("gold", "score", "answered", "fully_right", "kl_ref", "length"):
-            assert f" {found[name][policy]:.2f} " in line, (policy, name)
-    win = found["win_rate"]
+            assert f" {result[name][policy]:.2f} " in line, (policy, name)
+    win = result["win_rate"]
     assert f"{win['mean']:.2f} [{win['low']:.2f}, {win['high']:.2f}] of comparisons" in text
     assert f"{100 * win['mean']:.0f} % of comparisons" in " ".join(text.split())
+    assert f"\n{result['seconds']['total']:.0f} s in all." in text
 
 
-def test_the_tables_of_speed_are_those_of_the_committed_benchmark():
-    result, text = json.loads(read("lectures", "results", "benchmark.json")), read("README.md")
-    for table in (report.limits_table, report.comparison_table, report.shares_table,
-                  report.speed_table, report.memory_table, report.overhead_table):
-        assert table(result) in text, table.__name__
-    for axis in result["growth"]:
-        assert report.growth_table(result, axis) in text, axis
+def test_the_seconds_of_the_stages_are_those_of_the_stored_report():
+    seconds = stored("report.json")["seconds"]
+    models = f"{seconds['reward_model']:.0f} + {seconds['reward_model_2']:.0f}"
+    cells = [f"{seconds['sft']:.0f}", f"{seconds['comparisons']:.0f}", models,
+             f"{seconds['ppo']:.0f}", f"{seconds['evaluation']:.0f}"]
+    assert f"| seconds | {' | '.join(cells)} |" in read("lectures/speed.md")
 
 
-def test_the_rates_of_the_diagnosis_are_those_of_the_committed_check():
-    found, text = json.loads(read("lectures", "results", "diagnose.json")), read("README.md")
+def show(figure: dict, unit: str, factor: float = 1.0, digits: int = 1) -> str:
+    middle, low, high = (f"{factor * figure[name]:,.{digits}f}"
+                         for name in ("median", "low", "high"))
+    return f"{middle} ({low}..{high}) {unit}"
+
+
+def rows_of_speed(result: dict) -> list[list[str]]:
+    """The cells of every row of measured figures in lectures/speed.md."""
+    limits, found = result["limits"], result["comparison"]
+    rows = [[f"torch.mm, {shape}", show(figure, "GFLOP/s", 1e-9, 0)]
+            for shape, figure in limits["products"].items()]
+    rows += [[f"`linear` of engine/fast.py, {shape}", show(figure, "GFLOP/s", 1e-9, 0)]
+             for shape, figure in limits["product"].items()]
+    rows += [[f"memory, {loop}", show(figure, "GB/s", 1e-9)]
+             for loop, figure in limits["memory"].items()]
+    names = {"sample": "sampling (in the baseline's loop the reference model runs for every token)",
+             "sample alone": "sampling, without the reference model's passes",
+             "rollout": "sampling and scoring", "update": "update",
+             "optimizer": "of it, the optimiser's steps", "iteration": "whole iteration"}
+    for name, text in names.items():
+        ours = found["ours"]["sample" if name == "sample alone" else name]
+        rows.append([text, show(found["naive"][name], "s"), show(ours, "s", digits=2),
+                     show(found["ratios"][name], "x")])
+    rows.append(["sampling by transformers' generate, same weights",
+                 show(found["transformers"], "s", digits=2),
+                 show(found["ours"]["sample"], "s", digits=2),
+                 show(found["transformers_ratio"], "x", digits=2)])
+    for name, phase in result["shares"].items():
+        seconds, flops, speed = found["ours"][name], "", ""
+        if phase["flops"]:
+            flops = f"{phase['flops'] / 1e12:.3f}"
+            speed = f"{phase['flops'] / seconds['median'] / 1e9:.0f} GFLOP/s"
+        rows.append([name, flops, f"{phase['limit']:.2f} s", show(seconds, "s", digits=2), speed,
+                     show(phase["share"], "%", 100, 0)])
+    for batch, speed in result["speed"].items():
+        rows.append([batch, show(speed["prefill"], "", digits=0).strip(),
+                     show(speed["decode"], "").strip(), show(speed["step"], "ms", 1000, 0),
+                     show(speed["read"], "GB/s", 1e-9), show(speed["share"], "%", 100, 0)])
+    rows += [[f"{critic} critic", f"{peak / 1e9:.2f} GB"]
+             for critic, peak in result["memory"].items()]
+    for sizes in result["growth"].values():
+        rows += [[size, *(show(seconds[phase], "s", digits=2)
+                          for phase in ("sample", "score", "update", "iteration"))]
+                 for size, seconds in sizes.items()]
+    for name, phase in result["overhead"].items():
+        share = f"{100 * phase['outside_from']:.0f} to {100 * phase['outside_to']:.0f} %"
+        rows.append([name, show(phase["seconds"], "ms", 1000, 0), share])
+    return rows
+
+
+def test_the_tables_of_speed_are_those_of_the_stored_benchmark():
+    result, text = stored("benchmark.json"), read("lectures/speed.md")
+    rows = rows_of_speed(result)
+    for cells in rows:
+        assert f"| {' | '.join(cells)} |\n" in text, cells
+    measured = re.findall(r"^\|.*\d\.\.\d.*$", text, re.M)       # rows with (lowest..highest)
+    assert len(measured) == sum(".." in " ".join(cells) for cells in rows)
+    assert f"{result['limits']['gemm'] / 1e9:.0f} GFLOP/s, and the faster" in text
+    assert f"memory loops, {result['limits']['bandwidth'] / 1e9:.1f} GB/s." in text
+    ratio = result["comparison"]["ratios"]["iteration"]["median"]
+    assert f"{ratio:.1f} times as fast as a naive one" in " ".join(read("README.md").split())
+
+
+def test_the_rates_of_the_diagnosis_are_those_of_the_stored_check():
+    result, text = stored("diagnose.json"), read("lectures/reliability.md")
     for name, words in (("recognised", "recognised"), ("accused", "healthy runs accused")):
-        hits, runs = (sum(pair[i] for pair in found[name].values()) for i in (0, 1))
+        hits, runs = (sum(pair[i] for pair in result[name].values()) for i in (0, 1))
         assert f"{hits} of {runs} {words}" in text
 
 
-def test_every_link_of_the_readme_leads_to_a_file():
-    targets = re.findall(r"\]\(([^)#]+)", read("README.md"))
+def test_figures_that_the_readme_repeats_are_those_of_its_pages():
+    short = " ".join(read("README.md").split())
+    for figure, page in (("90 kill", "reliability"), ("304,700 ", "reliability"),
+                         ("10,605 ", "real-input"), ("1.57", "real-input"), ("-0.02", "real-input"),
+                         ("2.3", "03-ppo"), ("-0.2", "03-ppo"), ("1.3", "03-ppo")):
+        assert figure in short and figure in read(f"lectures/{page}.md"), figure
+
+
+# ---- links and commands --------------------------------------------------------------------------
+
+def test_the_readme_can_be_read_in_one_sitting():
+    assert len(read("README.md").splitlines()) <= 200
+
+
+def test_every_link_of_the_readme_leads_to_a_file_or_a_section():
+    targets = re.findall(r"\]\(([^)]+)\)", read("README.md"))
     local = [target for target in targets if not target.startswith("http")]
     assert len(local) > 10
     for target in local:
-        assert os.path.exists(os.path.join(ROOT, target)), target
+        path, _, section = target.partition("#")
+        assert (ROOT / path).exists(), target
+        titles = re.findall(r"^#+ (.+)$", read(path), re.M) if section else []
+        assert not section or section in [title.lower().replace(" ", "-") for title in titles]
 
 
-def test_every_command_of_the_readme_names_a_module_that_exists():
-    modules = set(re.findall(r"python -m (minirlhf[.\w]*)", read("README.md")))
-    assert len(modules) >= 8
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_names_a_module_that_exists(page):
+    modules = set(re.findall(r"python -m\s(minirlhf[.\w]*)", read(page)))
+    assert modules
     for module in modules:
-        path = os.path.join(ROOT, *module.rstrip(".").split("."))
-        assert os.path.exists(path + ".py") or os.path.isdir(path), module
+        path = ROOT.joinpath(*module.rstrip(".").split("."))
+        assert path.with_suffix(".py").exists() or path.is_dir(), module
+
+
+def test_every_folder_of_the_package_is_in_the_readme():
+    for folder in (ROOT / "minirlhf").iterdir():
+        if (folder / "__init__.py").exists():
+            assert f"](minirlhf/{folder.name})" in read("README.md"), folder.name
+
+
+def test_every_file_of_the_readers_path_is_in_the_readme():
+    helpers = {"__init__", "__main__", "minirlhf"}       # no reading matter
+    for file in (ROOT / "minirlhf").glob("*.py"):
+        assert file.stem in helpers or f"](minirlhf/{file.name})" in read("README.md"), file.name
+
+
+def test_the_table_of_settings_is_the_stored_one():
+    stored = json.loads((RESULTS / "settings.json").read_text(encoding="utf-8"))["settings"]
+    page = (ROOT / "lectures" / "reliability.md").read_text(encoding="utf-8")
+    for name, figures in stored.items():
+        rate, right = figures["win_rate"], figures["fully_right"]
+        accuracies = ", ".join(f"{value:.3f}" for value in figures["reward_model_accuracy"])
+        row = (f"| {name} | {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] | "
+               f"{right['sft']:.3f} / {right['rlhf']:.3f} | {accuracies} |")
+        assert row in page
+        assert rate["mean"] >= 0.80 and abs(figures["control"] - 0.5) <= 0.02     # as promised

@@ -1,19 +1,16 @@
-"""Real human judgements: reading, splitting, comparisons, the baseline, the whole run."""
+"""Real human judgements: reading, splitting, comparisons, the files, the whole run."""
 
 import json
-import math
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
-import torch
-
 from helpers import quietly
-from minirlhf.common import random_stream
+
 from minirlhf.data import read_records
+from minirlhf.engine.training import random_stream
 from minirlhf.experiments import reviews
-from minirlhf.experiments.reviews import Pair, Sentence
+from minirlhf.experiments.review_figures import FREE, Sentence, whole
 
 TINY = reviews.Sizes(vocab_size=320, n_embd=32, n_layer=1, context=48, pretrain_steps=20, pairs=2,
                      iterations=2, max_new_tokens=12, answers=20)
@@ -80,9 +77,9 @@ def test_openings_follow_the_worked_example():
     texts = [f"It is fun {number}" for number in range(9)] + ["It was fun", "Joy"]
     assert reviews.find_openings(texts) == {"It"}
     assert reviews.find_openings(texts + ["It is all"]) == {"It", "It is"}
-    found = reviews.cut(Sentence("It is a joy!", 1.0), {"It", "It is"})
-    assert (found.opening, found.rest) == ("It is", "a joy!")
-    assert reviews.cut(Sentence("It", 1.0), {"It"}).opening == reviews.FREE
+    sentence = reviews.cut(Sentence("It is a joy!", 1.0), {"It", "It is"})
+    assert (sentence.opening, sentence.rest) == ("It is", "a joy!")
+    assert reviews.cut(Sentence("It", 1.0), {"It"}).opening == FREE
 
 
 def check_split(sentences: list[Sentence], parts: dict[str, list[Sentence]]) -> None:
@@ -91,7 +88,7 @@ def check_split(sentences: list[Sentence], parts: dict[str, list[Sentence]]) -> 
     assert len(set(text.lower() for text in texts)) == len(texts)
     for part in parts.values():
         for sentence in part:
-            assert reviews.whole(sentence.opening, sentence.rest) == sentence.text
+            assert whole(sentence.opening, sentence.rest) == sentence.text
 
 
 def test_no_sentence_is_in_two_parts_and_nothing_is_lost(tmp_path):
@@ -126,38 +123,9 @@ def test_the_real_file_reads_splits_and_makes_pairs(shared_data):
     parts = reviews.split_sentences(sentences, seed=0)
     check_split(sentences, parts)
     share = Counter(sentence.opening for sentence in parts["test"])
-    assert share["The"] > 50 and share[reviews.FREE] < 0.5 * len(parts["test"])
+    assert share["The"] > 50 and share[FREE] < 0.5 * len(parts["test"])
     pairs = reviews.make_pairs(parts["test"], 4, random_stream(0))
     assert len(pairs) > 4000
-
-
-# ---- the baseline and the figures ---------------------------------------------------------------
-
-def test_the_word_baseline_follows_the_worked_example():
-    sentences = [Sentence("good fun", 3.0), Sentence("Good, good grief!", -1.0)]
-    assert reviews.word_ratings(sentences, pull=0) == {"good": 1.0, "fun": 3.0, "grief": -1.0}
-    assert reviews.word_ratings(sentences, pull=2)["good"] == 0.5
-    table = {"good": 1.0, "fun": 3.0}
-    assert math.isclose(reviews.word_score(table, "Good, good fun"), 5 / 3)
-    assert reviews.word_score(table, "Good new one") == 1 / 3
-    assert reviews.word_score(table, "...") == 0.0
-
-
-def test_accuracy_counts_ties_half_and_its_interval_is_over_sentences():
-    right = reviews.outcomes(np.array([2.0, 1.0, 1.0]), np.array([1.0, 2.0, 1.0]))
-    assert right.tolist() == [1.0, 0.0, 0.5]
-    # one sentence in every pair: few independent draws, so a wide interval
-    rng = random.Random(0)
-    star = [Pair(Sentence("hub", 4.0), Sentence(str(i), 0.0)) for i in range(200)]
-    apart = [Pair(Sentence(f"b{i}", 4.0), Sentence(f"w{i}", 0.0)) for i in range(200)]
-    outcomes = np.array([float(rng.random() < 0.8) for _ in range(200)])
-    found = reviews.pair_figures(outcomes, apart, seed=0)
-    assert found["mean"] == outcomes.mean()
-    expected = 1.96 * math.sqrt(0.8 * 0.2 / 200)
-    # a pair of sentences is drawn together less evenly than a pair is drawn: about sqrt(3) wider
-    assert expected < (found["high"] - found["low"]) / 2 < 2 * expected
-    assert reviews.pair_figures(np.ones(200), star, seed=0)["low"] == 1.0
-    assert reviews.pair_figures(outcomes, apart, seed=0) == found
 
 
 # ---- the whole run ------------------------------------------------------------------------------
@@ -175,7 +143,7 @@ def test_the_run_goes_through_all_stages_and_repeats_from_its_seed(tmp_path, cap
         assert set(report.pop("seconds")) >= {"pretrain", "sft", "PPO"}
     assert saved == reports[0] == reports[1]
     assert saved["accuracy"]["words A"]["mean"] > 0.8
-    assert saved["policies"]["sft"]["kl_ref"]["mean"] == 0
+    assert abs(saved["policies"]["sft"]["kl_ref"]["mean"]) < 1e-5
     assert len(saved["policies"]["ppo"]["texts"]) == 20
 
 

@@ -6,15 +6,28 @@ import os
 
 import pytest
 import torch
+from helpers import (
+    base_folder,
+    demonstrations,
+    grad_norm_of,
+    metrics_without_time,
+    quietly,
+    sft_config,
+    sft_folder,
+    toy_model,
+    toy_tokenizer,
+    weights_equal,
+)
+from precision import EXPECTED_DTYPES, record_dtypes
 
 from minirlhf import sft
-from minirlhf.common import learning_rate, read_metrics
-from minirlhf.data import Tokenizer, encode_prompt, encode_response
+from minirlhf.data import encode_prompt, encode_response
+from minirlhf.engine.metrics import read_metrics
+from minirlhf.engine.training import learning_rate
+from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import GPT2, token_logprobs
 from minirlhf.sft import Demonstration, batch_loss, evaluate, make_batch, sft_loss, train_step
-
-from helpers import (base_folder, demonstrations, grad_norm_of, metrics_without_time, quietly,
-                     sft_config, sft_folder, toy_model, toy_tokenizer, weights_equal)
+from minirlhf.tokenizer import Tokenizer
 
 END = toy_tokenizer().end_token
 
@@ -44,27 +57,10 @@ def test_sft_loss_hand_example():
     assert sft_loss(logprobs, torch.tensor([[True, True, False]]), 2).item() == 1.5
 
 
-@pytest.mark.parametrize("junk", [1e6, math.inf, math.nan])
-def test_sft_loss_ignores_what_is_outside_the_mask(junk):
-    logprobs = torch.tensor([[-1.0, -2.0, junk]], dtype=torch.float64, requires_grad=True)
-    loss = sft_loss(logprobs, torch.tensor([[True, True, False]]), 2)
-    loss.backward()
-    assert loss.item() == 1.5
-    assert logprobs.grad.tolist() == [[-0.5, -0.5, 0.0]]
-
-
 def test_sft_loss_gradcheck():
     logprobs = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(3, 5) > 0.4
     assert torch.autograd.gradcheck(lambda x: sft_loss(x, mask, 4), logprobs)
-
-
-def test_parts_of_a_step_add_up_to_the_step():
-    logprobs = torch.randn(6, 5, dtype=torch.float64)
-    mask = torch.rand(6, 5) > 0.4
-    count = int(mask.sum())
-    parts = [sft_loss(logprobs[i:i + 2], mask[i:i + 2], count) for i in range(0, 6, 2)]
-    assert torch.isclose(sum(parts), -logprobs[mask].mean())
 
 
 # ---- what it sees --------------------------------------------------------------------------------
@@ -81,8 +77,8 @@ def test_batch_loss_equals_one_token_at_a_time():
     model, rows = toy_model(), ragged_rows()
     count = sum(len(row.response) for row in rows)
     expected = -sum(slow_log_probability(model, row) for row in rows) / count
-    found = batch_loss(model, *make_batch(rows, END), count).item()
-    assert found == pytest.approx(expected, rel=1e-5)
+    whole = batch_loss(model, *make_batch(rows, END), count).item()
+    assert whole == pytest.approx(expected, rel=1e-5)
     in_parts = evaluate(model, rows, sft_config(batch_size=3), END)     # 3 + 3 + 1 rows
     assert in_parts == pytest.approx(expected, rel=1e-5)
 
@@ -108,7 +104,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(accumulation):
     results = []
     for model, parts in ((first, 1), (second, accumulation)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        cfg = sft_config(accumulation=parts, max_grad_norm=1e9)
+        cfg = sft_config(accumulation=parts, max_grad_norm=1e6, batch_size=7)
         results.append(train_step(model, optimizer, rows, cfg, END, "step 0"))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     held_out = evaluate(first, rows, sft_config(batch_size=7), END)
@@ -128,7 +124,7 @@ def test_gradients_are_clipped_after_backward():
 
 def test_a_step_forgets_the_gradient_of_the_step_before():
     fresh, used = toy_model(), toy_model()
-    cfg = sft_config(max_grad_norm=1e9)
+    cfg = sft_config(max_grad_norm=1e6)
     for model, steps in ((fresh, 1), (used, 3)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         for _ in range(steps):
@@ -152,16 +148,16 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 def test_sft_learns_the_demonstrations():
     folder = sft_folder()
-    model, tokenizer = GPT2.from_pretrained(folder), Tokenizer.load(folder)
+    model, tokenizer = load_network(GPT2, folder), Tokenizer.load(folder)
     rows = [Demonstration(encode_prompt(tokenizer, f"Prompt: {row['prompt']}\nResponse:"),
                           encode_response(tokenizer, row["response"]))
             for row in demonstrations(50, seed=99)]
-    before = evaluate(GPT2.from_pretrained(base_folder()), rows, sft_config(), END)
+    before = evaluate(load_network(GPT2, base_folder()), rows, sft_config(), END)
     after = evaluate(model, rows, sft_config(), END)
     assert before > 5 and after < 1.6                    # log 3 for a colour, some for the length
 
 
-def test_metrics_have_a_row_a_step_with_warm_up_and_cosine():
+def test_metrics_have_a_row_per_step_with_warm_up_and_cosine():
     rows = read_metrics(sft_folder())
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert len(rows) == 2 * math.ceil((1200 - 48) / 16)  # epochs, examples, held_out, batch_size
@@ -177,8 +173,8 @@ def test_the_held_out_loss_is_that_of_the_saved_model():
     tokenizer = toy_tokenizer()
     rows = [Demonstration(encode_prompt(tokenizer, f"Prompt: {row['prompt']}\nResponse:"),
                           encode_response(tokenizer, row["response"])) for row in rows]
-    found = evaluate(GPT2.from_pretrained(sft_folder()), rows, sft_config(batch_size=5), END)
-    assert read_metrics(sft_folder())[-1]["held_out_loss"] == pytest.approx(found, rel=1e-4)
+    loss = evaluate(load_network(GPT2, sft_folder()), rows, sft_config(batch_size=5), END)
+    assert read_metrics(sft_folder())[-1]["held_out_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_samples_are_written_at_every_evaluation():
@@ -196,7 +192,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
     folders = [str(tmp_path / name) for name in "abc"]
     results = [quietly(sft.main, sft_config(out=folder, seed=seed, **SHORT))
                for folder, seed in zip(folders, (3, 3, 4))]
-    models = [GPT2.from_pretrained(folder) for folder in folders]
+    models = [load_network(GPT2, folder) for folder in folders]
     assert results[0] == results[1] != results[2]
     assert metrics_without_time(folders[0]) == metrics_without_time(folders[1])
     assert weights_equal(models[0], models[1]) and not weights_equal(models[0], models[2])
@@ -205,17 +201,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 def test_main_returns_the_last_row_of_metrics(tmp_path):
     result = quietly(sft.main, sft_config(out=str(tmp_path), **SHORT))
     assert result == pytest.approx(read_metrics(str(tmp_path))[-1], rel=1e-6)
-
-
-def test_rows_that_do_not_fit_are_dropped_and_counted(tmp_path, capsys):
-    data = tmp_path / "rows.jsonl"
-    rows = ['{"prompt": "Hi", "response": "red"}'] * 5
-    rows += ['{"prompt": "Hi", "response": "' + "red " * 40 + '"}'] * 2
-    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    cfg = sft_config(data=str(data), out=str(tmp_path / "out"), examples=0, held_out=1, epochs=1)
-    sft.main(cfg)
-    text = capsys.readouterr().out
-    assert "5 demonstrations of at most 32 tokens (2 longer ones dropped)" in text
 
 
 def test_a_batch_of_one_and_responses_with_no_room_for_samples_run(tmp_path):
@@ -233,6 +218,27 @@ def test_the_last_samples_are_printed_whole(tmp_path, capsys):
     assert "step 1" in lines and sum(" | Response:" in line for line in lines) == 4
 
 
-def test_holding_out_everything_is_refused(tmp_path):
+def test_holding_out_all_demonstrations_is_refused(tmp_path):
     with pytest.raises(ValueError, match="lower --held_out"):
         quietly(sft.main, sft_config(out=str(tmp_path), examples=10, held_out=10))
+
+
+# ---- half precision ------------------------------------------------------------------------------
+
+def test_bfloat16_is_of_the_layers_products_alone(tmp_path, monkeypatch):
+    cfg = sft_config(dtype="bfloat16", out=str(tmp_path), **SHORT)
+    dtypes = record_dtypes(monkeypatch)
+    quietly(sft.main, cfg)
+    expected = {name: kinds for name, kinds in EXPECTED_DTYPES.items()
+                if name != "scores and values"}          # there is no scalar head in this stage
+    assert dtypes == expected
+    weight = load_network(GPT2, cfg.out).wte.weight
+    assert not torch.equal(weight, weight.bfloat16().float())        # no step was rounded away
+
+
+def test_a_loss_in_bfloat16_is_near_that_in_float32():
+    model, rows = load_network(GPT2, sft_folder()), ragged_rows()
+    expected = evaluate(model, rows, sft_config(), END)
+    model.dtype = "bfloat16"
+    rounded = evaluate(model, rows, sft_config(), END)
+    assert rounded != expected and rounded == pytest.approx(expected, rel=0.02)

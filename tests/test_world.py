@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from minirlhf.world import corpus, demonstrations, held_out_prompts, judge, prompts
-from minirlhf.world import facts, labellers
+from minirlhf.files.pretrained import save_network
+from minirlhf.world import (
+    corpus,
+    demonstrations,
+    facts,
+    held_out_prompts,
+    judge,
+    labellers,
+    prompts,
+)
 from minirlhf.world.facts import BY_FAMILY, CATEGORIES, ENTITIES, FAMILIES, OPENERS
 from minirlhf.world.judge import find_entity, find_items
 
@@ -65,7 +73,7 @@ def test_tables_hold_no_item_twice():
         assert sum(map(int, entity.name.split(" plus "))) == int(entity.answer)
 
 
-def test_splits_are_disjoint_and_cover_everything():
+def test_splits_are_disjoint_and_cover_all_questions():
     training, entity, combination = (questions_of(kind)
                                      for kind in ("training", "entity", "combination"))
     assert not training & entity and not training & combination and not entity & combination
@@ -218,10 +226,10 @@ def attacks(entity, rng):
     right = facts.right_answer(entity, rng)
     honest = facts.sentence_for(entity, right)
     other = facts.OTHERS[entity][0]
-    everything = ", ".join(dict.fromkeys(item for one in BY_FAMILY[entity.family]
-                                         for item in one.items))
-    yield facts.capitalize(everything) + "."
-    yield facts.sentence_for(entity, everything)
+    all_items = ", ".join(dict.fromkeys(item for one in BY_FAMILY[entity.family]
+                                        for item in one.items))
+    yield facts.capitalize(all_items) + "."
+    yield facts.sentence_for(entity, all_items)
     yield f"{honest} {honest}"
     yield f"{honest} " * 5
     yield " ".join(facts.CLOSERS)
@@ -372,14 +380,14 @@ def test_the_gold_reward_reads_prompt_response_and_end_token(tiny_world):
 def tiny_world(tmp_path_factory):
     """torch, a tokenizer of the world, and the folder of a tiny untrained policy."""
     torch = pytest.importorskip("torch")
-    from minirlhf.data import train_bpe
     from minirlhf.gpt2 import GPT2, GPT2Config
+    from minirlhf.tokenizer import train_bpe
     tokenizer = train_bpe(corpus(60_000, 0), 400)
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=96, n_embd=16, n_layer=1,
                             n_head=2))
     folder = str(tmp_path_factory.mktemp("policy"))
-    model.save_pretrained(folder)
+    save_network(model, folder)
     tokenizer.save(folder)
     return torch, tokenizer, folder
 
