@@ -1,16 +1,17 @@
 """Keep the code that the lectures quote equal to the code that runs.
 
-    python lectures/quotes.py            # names each quote that differs from its source
+    python lectures/quotes.py            # names each quote that differs, and its first difference
     python lectures/quotes.py --fix      # rewrites those blocks
 
-In a lecture, a quoted block follows a comment that names a file and a symbol in it:
+In a lecture, a quoted block comes after a comment that names a file and a symbol in it:
 
     <!-- code: minirlhf/ppo.py::gae -->
     <!-- code: minirlhf/ppo.py::gae nodoc -->
 
 The symbol is a function, a class, `Class.method`, or a name assigned at module level. With `nodoc`
-its docstring is left out: a lecture says the same at more length. The exit code is 1 if a quote
-differs and was not rewritten.
+its docstring is left out: a lecture says the same at more length. A comment that names a file or a
+symbol that is gone is not rewritten: the message says which file defines the symbol now, and you
+change the comment. The exit code is 1 if a quote or a comment is still wrong at the end.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import ast
 import re
 import textwrap
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -56,9 +58,9 @@ def read_blocks(lecture: str) -> list[Block]:
 def find_symbol(tree: ast.Module, name: str) -> ast.stmt | None:
     """The statement that defines `name`, or `Class.method`; the last one if there are several."""
     body: list[ast.stmt] = tree.body
-    found = None
+    definition = None
     for part in name.split("."):
-        found = None
+        definition = None
         for statement in body:
             names = [getattr(statement, "name", None)]
             if isinstance(statement, ast.Assign):
@@ -66,11 +68,21 @@ def find_symbol(tree: ast.Module, name: str) -> ast.stmt | None:
             elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 names = [statement.target.id]
             if part in names:
-                found = statement
-        if found is None:
+                definition = statement
+        if definition is None:
             return None
-        body = getattr(found, "body", [])
-    return found
+        body = getattr(definition, "body", [])
+    return definition
+
+
+def hint(name: str, repository: Path) -> str:
+    """Which files of the package define `name` now, as the end of an error message."""
+    places = [path.relative_to(repository).as_posix()
+              for path in sorted((repository / "minirlhf").rglob("*.py"))
+              if find_symbol(ast.parse(path.read_text(encoding="utf-8")), name) is not None]
+    if not places:
+        return f"no file of minirlhf/ defines {name}: quote its successor"
+    return f"{' and '.join(places)} does: name that file in the comment"
 
 
 def quote(argument: str, repository: Path = REPOSITORY) -> str:
@@ -84,11 +96,12 @@ def quote(argument: str, repository: Path = REPOSITORY) -> str:
                          f"{argument!r}")
     path, name, without_docstring = repository / match.group(1), match.group(2), match.group(3)
     if not path.is_file():
-        raise ValueError(f"{argument}: there is no file {match.group(1)}")
+        raise ValueError(f"{argument}: there is no file {match.group(1)}; {hint(name, repository)}")
     source = path.read_text(encoding="utf-8")
     node = find_symbol(ast.parse(source), name)
     if node is None:
-        raise ValueError(f"{argument}: {match.group(1)} defines no {name}")
+        raise ValueError(f"{argument}: {match.group(1)} defines no {name}; "
+                         f"{hint(name, repository)}")
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     lines = source.split("\n")
     kept = range(first, node.end_lineno + 1)
@@ -98,22 +111,44 @@ def quote(argument: str, repository: Path = REPOSITORY) -> str:
         docstring = node.body[0]
         end = docstring.end_lineno
         if isinstance(node, ast.ClassDef) and not lines[end].strip():
-            end += 1                                     # the empty line behind a class's docstring
+            end += 1                                     # the empty line after a class's docstring
         kept = [n for n in kept if not docstring.lineno <= n <= end]
     return textwrap.dedent("\n".join(lines[n - 1] for n in kept)) + "\n"
 
 
-def renew(lecture: str) -> tuple[str, list[str]]:
-    """The lecture with every quoted block as its source has it, and what had to change."""
-    changes = []
+def first_difference(old: str, new: str) -> str:
+    """Where a quote and its source part, in words.
+
+    Example: "a\\nb\\n" and "a\\nc\\n" give "line 2 of the quote is 'b', the code has 'c'".
+    """
+    pairs = zip_longest(old.splitlines(), new.splitlines(), fillvalue="")
+    number, line, source = next((number, line, source)
+                                for number, (line, source) in enumerate(pairs, start=1)
+                                if line != source)
+    return f"line {number} of the quote is {line!r}, the code has {source!r}"
+
+
+def renew(lecture: str) -> tuple[str, list[str], list[str]]:
+    """The lecture with every quoted block as its source has it; what changed; what is broken.
+
+    Each change names the line of the block, its source and the first difference. A comment whose
+    file or symbol is gone is broken: its block stays as it is.
+    """
+    changes: list[str] = []
+    broken: list[str] = []
     for block in reversed(read_blocks(lecture)):         # from the end: positions stay right
         if block.mark != "code":
             continue
-        expected = quote(block.argument)
+        try:
+            expected = quote(block.argument)
+        except ValueError as error:
+            broken.insert(0, f"line {block.line - 1}: {error}")
+            continue
         if block.text != expected:
-            changes.insert(0, f"line {block.line}: {block.argument}")
+            difference = first_difference(block.text, expected)
+            changes.insert(0, f"line {block.line}: {block.argument}: {difference}")
             lecture = lecture[:block.start] + expected + lecture[block.start + len(block.text):]
-    return lecture, changes
+    return lecture, changes, broken
 
 
 def main() -> int:
@@ -121,17 +156,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare the lectures' quotes with the code.")
     parser.add_argument("--fix", action="store_true", help="rewrite the quotes that differ")
     fix = parser.parse_args().fix
-    stale = 0
+    left, stale = 0, 0
     for path in sorted(FOLDER.glob("*.md")):
-        renewed, changes = renew(path.read_text(encoding="utf-8"))
-        for change in changes:
-            print(f"{path.name} {change} {'rewritten' if fix else 'differs from its source'}")
+        renewed, changes, broken = renew(path.read_text(encoding="utf-8"))
+        for text in changes:
+            print(f"{path.name}, {text}{' (rewritten)' if fix else ''}")
+        for text in broken:
+            print(f"{path.name}, {text}")
         if fix and changes:
             path.write_text(renewed, encoding="utf-8", newline="\n")
-        stale += len(changes)
-    if stale and not fix:
+        stale += 0 if fix else len(changes)
+        left += len(broken)
+    if stale:
         print("rewrite them with: python lectures/quotes.py --fix")
-    return 1 if stale and not fix else 0
+    return 1 if stale or left else 0
 
 
 if __name__ == "__main__":
