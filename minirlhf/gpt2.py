@@ -2,8 +2,7 @@
 
 The architecture is the published one (pre-layer-norm, learned positions, tied embedding, tanh GELU,
 residual-scaled initialisation), and parameters carry GPT-2's own names and layout, so published
-files load without renaming or transposing anything (`files/pretrained.py` reads and writes them;
-`generate.py` samples).
+files load without renaming or transposing (`files/pretrained.py`; `generate.py` samples).
 
 THE ALIGNMENT LAW, which every file of this project follows:
     Rows are right-padded. Column t of every per-token tensor describes the step
@@ -26,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.engine import fast
 from minirlhf.engine.options import check, one_sentence
+from minirlhf.files.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))                                # (B, T, C)
 
 
-class GPT2(nn.Module):
+class GPT2(Pretrained, nn.Module):
     """The language model. There is no dropout in it: what is sampled is what is scored."""
     config_class, scalar = GPT2Config, False     # for load_network: config; a scalar head?
 
@@ -175,7 +175,7 @@ class GPT2(nn.Module):
 
 # ---- a scalar head -------------------------------------------------------------------------------
 
-class ScalarModel(nn.Module):
+class ScalarModel(Pretrained, nn.Module):
     """One number per position in place of logits: reward model or critic, on `trunk` if given."""
     config_class, scalar = GPT2Config, True
 

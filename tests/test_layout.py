@@ -78,8 +78,12 @@ def test_the_readers_path_imports_downwards_only(name):
     assert {x for x in ours if x.split(".")[0] not in ("engine", "files")} <= READERS_PATH[name]
 
 
-def test_the_network_knows_nothing_of_files():
-    assert our_imports(PACKAGE / "gpt2.py") <= {"engine.fast", "engine.options"}
+def test_the_network_knows_of_files_only_the_names_by_which_transformers_reads_them():
+    assert our_imports(PACKAGE / "gpt2.py") == {"engine.fast", "engine.options",
+                                                "files.pretrained"}
+    source = (PACKAGE / "gpt2.py").read_text(encoding="utf-8")
+    assert "from minirlhf.files.pretrained import Pretrained\n" in source
+    assert not {"open(", "os.", "load_network", "save_network"} & set(source.split())
 
 
 @every_module

@@ -393,3 +393,12 @@ def test_folders_that_transformers_writes_load(transformers, tmp_path):
     with torch.no_grad():
         expected = scorer(ids).logits[:, 0]
         assert torch.allclose(ours.score(ids, torch.tensor([4])), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [GPT2, ScalarModel])
+def test_the_names_of_transformers_read_and_write_the_same_folder(tmp_path, kind):
+    network = kind(SMALL)
+    network.save_pretrained(str(tmp_path))
+    again = kind.from_pretrained(str(tmp_path))
+    assert type(again) is kind
+    assert all(map(torch.equal, again.state_dict().values(), network.state_dict().values()))

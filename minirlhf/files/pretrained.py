@@ -4,7 +4,7 @@ What would change the arithmetic is refused by name, and so is a file that does 
 An embedding may have more rows than the tokenizer has tokens, filled up to a round number: these
 rows are kept aside when a network is loaded, so that nothing samples or scores them, and written
 after the others when it is saved.
-The networks are those of `gpt2.py`, which knows nothing of files; this file is given their classes:
+The networks are those of `gpt2.py`; this file knows them only by the classes that it is given:
 
     policy = load_network(GPT2, "checkpoints/sft")
     reward_model = load_network(ScalarModel, "checkpoints/reward_model")
@@ -66,6 +66,19 @@ def load_network(kind: type, name_or_folder: str):
         target.copy_(tensors[name][:target.shape[0]])    # converts to float32
         check_finite_tensor(target, name, folder)
     return network
+
+
+class Pretrained:
+    """transformers' names for `load_network` and `save_network`, as methods of both networks."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str):
+        """`load_network` of this class."""
+        return load_network(cls, name_or_folder)
+
+    def save_pretrained(self, folder: str, dtype: torch.dtype = torch.float32) -> None:
+        """`save_network` of this network."""
+        save_network(self, folder, dtype)
 
 
 def trunk_of(network: nn.Module) -> nn.Module:
