@@ -48,6 +48,11 @@ SMALL = {
 }
 
 
+# its `b NAME` ends in a TypeError where the function's first constant is no code: a default, say
+pdb_works = pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0),
+                               reason="pdb of Python 3.13.0 cannot stop in a function by its name")
+
+
 # ---- what the tours need -------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -205,6 +210,7 @@ def test_the_python_blocks_of_a_lecture_run_in_order(name, workshop, monkeypatch
     assert count > 0
 
 
+@pdb_works
 @pytest.mark.parametrize("name", NAMES)
 def test_debugger_tours_print_what_the_lecture_says(name, workshop, monkeypatch):
     monkeypatch.chdir(workshop)
@@ -219,6 +225,7 @@ def test_debugger_tours_print_what_the_lecture_says(name, workshop, monkeypatch)
                 raise AssertionError(f"{name}, line {block.line}: {error}") from None
 
 
+@pdb_works
 def test_a_tour_works_when_typed_at_a_terminal(workshop):
     tours = [block for block in quotes.read_blocks(TEXT["00-map.md"]) if block.language == "pdb"]
     module, options, steps = read_tour(tours[0].text)
