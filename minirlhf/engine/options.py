@@ -96,6 +96,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors quote what was typed."""
 
     def error(self, message: str):
+        """Say the error, without what could drive the terminal, and end the program."""
         super().error(printable(message))
 
 
