@@ -15,7 +15,7 @@ Rules, the same for all three stages (`files/formats.py` has the shapes):
    never cut. A prompt is never tokenized a second time.
 5. Held-out rows of a file, which may be sorted, are drawn by seed (`mix`); a function's are not.
 Shapes: B sequences, T tokens in the padded row.
-Lecture: lectures/01-sft.md, "What the loss sees".
+Lecture: lectures/02-sft.md, "What the loss sees".
 """
 
 import os

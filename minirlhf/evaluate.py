@@ -21,7 +21,7 @@ Choices:
  3. kl_ref is the k1 estimate on the policy's own answers, summed over an answer: nats per answer.
 
 Shapes: P prompts, K answers to each; B sequences, T tokens in the padded row.
-Lecture: lectures/03-ppo.md, "Did it get better?".
+Lecture: lectures/07-does-it-work.md, "Did it get better?".
 """
 
 import os

@@ -10,7 +10,7 @@ well; where gold turns down and score does not, the policy fools its reward mode
 far it went for that, entropy how much variety is left, explained_var how much of the returns the
 critic foresees, kl_old and clipfrac how far a single update moves.
 
-Lecture: lectures/03-ppo.md, "Reading the curves".
+Lecture: lectures/06-what-goes-wrong.md, "Reading the curves".
 """
 
 import io

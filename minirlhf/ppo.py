@@ -32,7 +32,7 @@ Choices and deviations:
     loss is its share of the minibatch's mean, so gradients add up. The rest sees whole batches.
 
 Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
-Lecture: lectures/03-ppo.md.
+Lecture: lectures/04-ppo-mathematics.md.
 """
 
 import copy
@@ -117,7 +117,7 @@ def shaped_rewards(scores: torch.Tensor, kl_ref: torch.Tensor, mask: torch.Tenso
     Example: score 1, kl_coef 0.1, kl_ref 0.5, -0.2, 0.3 and all in the mask give
     -0.05, 0.02, 0.97.
     Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2, token by token.
-    Lecture: lectures/03-ppo.md, "The KL-shaped reward".
+    Lecture: lectures/04-ppo-mathematics.md, "The KL-shaped reward".
     """
     rewards = torch.where(mask, -kl_coef * kl_ref, 0.0)                             # (B, T-1)
     column = torch.arange(mask.shape[1], device=mask.device)                        # (T-1,)
@@ -140,7 +140,7 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
     0.4, advantages are 0.161, 0.38, 0.4 and returns 0.661, 0.78, 1.0. With lam below 1 and values
     that are still 0, the first of n tokens gets only (gamma * lam)^(n-1) of the score.
     Source: Schulman et al. 2015 (arXiv 1506.02438), equation 16.
-    Lecture: lectures/03-ppo.md, "GAE by hand".
+    Lecture: lectures/04-ppo-mathematics.md, "GAE by hand".
     """
     values = torch.where(mask, values, 0.0)                                         # (B, T-1)
     rewards = torch.where(mask, rewards, 0.0)                                       # (B, T-1)
@@ -166,7 +166,7 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
     Example, cliprange 0.2: ratio 1.5 with advantage 1 gives -1.2 and no gradient; ratio 1.5 with
     advantage -1 gives 1.5 with its gradient; ratio 1 with advantage 1 gives -1.
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
-    Lecture: lectures/03-ppo.md, "The clipped objective".
+    Lecture: lectures/04-ppo-mathematics.md, "The clipped objective".
     """
     difference = torch.where(mask, logprobs - old_logprobs, 0.0)                    # (B, T-1)
     # careful: exp(89) is inf in float32, and 0 * inf, its gradient where the clip holds, is nan
@@ -184,7 +184,7 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
     Example, cliprange_value 0.2: value 1, old value 0, return 1: the clipped value 0.2 errs by 0.8,
     the larger error counts, the loss is 0.5 * 0.64 = 0.32.
     Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py, loss.
-    Lecture: lectures/03-ppo.md, "The critic".
+    Lecture: lectures/04-ppo-mathematics.md, "The critic".
     """
     # careful: mask first; masked afterwards, an infinite entry has gradient 0 * inf, which is nan
     values = torch.where(mask, values, 0.0)                                         # (B, T-1)

@@ -1,7 +1,7 @@
 """What PPO says about itself: the metrics, the checks of every run, and the token table.
 
 Functions of a `ppo.Rollout` and of the ratios of an update; nothing here is trained through.
-Lecture: lectures/03-ppo.md, "What the metrics mean".
+Lecture: lectures/05-ppo-the-run.md, "What the metrics mean".
 """
 
 from dataclasses import fields

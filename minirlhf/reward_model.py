@@ -23,7 +23,7 @@ Choices and deviations:
     held-out prompts. Comparisons are shuffled one by one; InstructGPT keeps a prompt's together.
 
 Shapes: B comparisons, T tokens in the padded row, C channels.
-Lecture: lectures/02-reward-model.md.
+Lecture: lectures/03-reward-model.md.
 """
 
 import math
@@ -89,7 +89,7 @@ def bradley_terry_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tenso
 
     Example: scores 2 and 1 give 0.3133.
     Source: Bradley and Terry 1952; InstructGPT (arXiv 2203.02155), equation 1.
-    Lecture: lectures/02-reward-model.md, "The Bradley-Terry loss".
+    Lecture: lectures/03-reward-model.md, "The Bradley-Terry loss".
     """
     losses = -F.logsigmoid(chosen_scores - rejected_scores)                         # (B,)
     return losses.sum() / (len(losses) if count is None else count)

@@ -8,7 +8,7 @@ where row b holds a prompt of prompt_lengths[b] tokens and a response up to leng
 token included if the policy chose it. A reward model, several that vote, the gold judge of the text
 world and a rule that you write yourself are all such functions, named by one option.
 
-Lecture: lectures/03-ppo.md, "The reward is a function".
+Lecture: lectures/04-ppo-mathematics.md, "The reward is a function".
 """
 
 import os

@@ -23,7 +23,7 @@ Choices and deviations:
     new prompts: another demonstration may have asked the same. New ones belong to `evaluate`.
 
 Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
-Lecture: lectures/01-sft.md.
+Lecture: lectures/02-sft.md.
 """
 
 import math
@@ -82,7 +82,7 @@ def sft_loss(logprobs: torch.Tensor, mask: torch.Tensor, token_count: int) -> to
     that the losses of the parts of a step add up to the loss of the step.
 
     Example: log-probabilities -1, -2, -9 with mask 1, 1, 0 and token_count 2 give 1.5.
-    Lecture: lectures/01-sft.md, "The loss".
+    Lecture: lectures/02-sft.md, "The loss".
     """
     kept = torch.where(mask, logprobs, 0.0)                                         # (B, T-1)
     return -kept.sum() / token_count

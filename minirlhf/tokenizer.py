@@ -2,7 +2,7 @@
 
 tiktoken does the merging; the vocabulary is ours, GPT-2's, or the one that a folder's files state.
 Shapes: none, lists of ids.
-Lecture: lectures/01-sft.md, "What the loss sees".
+Lecture: lectures/02-sft.md, "What the loss sees".
 """
 
 import heapq

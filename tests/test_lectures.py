@@ -310,7 +310,7 @@ def test_links_of_a_lecture_lead_somewhere(name):
 
 
 def test_every_metric_of_ppo_has_its_sentence():
-    section = TEXT["03-ppo.md"].split("## What the metrics mean\n")[1].split("\n## ")[0]
+    section = TEXT["05-ppo-the-run.md"].split("## What the metrics mean\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.M)
     assert [metric for metric, _ in rows] == ppo_report.METRICS
     for metric, sentence in rows:

@@ -139,7 +139,8 @@ def test_figures_that_the_readme_repeats_are_those_of_its_pages():
     short = " ".join(read("README.md").split())
     for figure, page in (("90 kill", "reliability"), ("304,700 ", "reliability"),
                          ("10,605 ", "real-input"), ("1.57", "real-input"), ("-0.02", "real-input"),
-                         ("2.3", "03-ppo"), ("-0.2", "03-ppo"), ("1.3", "03-ppo")):
+                         ("2.3", "06-what-goes-wrong"), ("-0.2", "06-what-goes-wrong"),
+                         ("1.3", "06-what-goes-wrong")):
         assert figure in short and figure in read(f"lectures/{page}.md"), figure
 
 

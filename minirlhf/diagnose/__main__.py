@@ -8,7 +8,7 @@ In:  the folder of an SFT, reward-model or PPO run, finished or not: `metrics.cs
 Each finding has the figure that shows it, the likely causes, what to try, and where to read on. How
 often an illness is recognised, and how often a healthy run is accused, is measured by
 `python -m minirlhf.experiments.diagnose_rates`.
-Lecture: lectures/03-ppo.md, "Reading the curves".
+Lecture: lectures/06-what-goes-wrong.md, "Reading the curves".
 """
 
 from dataclasses import dataclass

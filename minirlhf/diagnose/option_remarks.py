@@ -2,7 +2,7 @@
 
 An option far from its usual value is no illness, but it is the first suspect, and a mistake such as
 a gamma of 0 shows in no curve. Limits are wide: a remark says "ten times off", not "not the best".
-Lecture: lectures/03-ppo.md, "Reading the curves".
+Lecture: lectures/06-what-goes-wrong.md, "Reading the curves".
 """
 
 import math
@@ -41,14 +41,16 @@ class Limits:
     off: float | None = None            # the value that switches the option off, never suspect
 
 
-SFT_RATE = 'lectures/01-sft.md, "Rate, epochs, and forgetting"'
-ONE_EPOCH = 'lectures/02-reward-model.md, "One step, and one epoch"'
-NORMALISED = 'lectures/02-reward-model.md, "Normalised scores, inside the weights"'
-KL, CLIP = 'lectures/03-ppo.md, "Why a KL penalty"', 'lectures/03-ppo.md, "The clipped objective"'
-GAE, CRITIC = 'lectures/03-ppo.md, "GAE by hand"', 'lectures/03-ppo.md, "The critic"'
-ENDING, WRONG = ('lectures/03-ppo.md, "How a response can end"',
-                 'lectures/03-ppo.md, "What goes wrong"')
-ROLLOUT = 'lectures/03-ppo.md, "The rollout"'
+SFT_RATE = 'lectures/02-sft.md, "Rate, epochs, and forgetting"'
+ONE_EPOCH = 'lectures/03-reward-model.md, "One step, and one epoch"'
+NORMALISED = 'lectures/03-reward-model.md, "Normalised scores, inside the weights"'
+KL = 'lectures/04-ppo-mathematics.md, "Why a KL penalty"'
+CLIP = 'lectures/04-ppo-mathematics.md, "The clipped objective"'
+GAE = 'lectures/04-ppo-mathematics.md, "GAE by hand"'
+CRITIC = 'lectures/04-ppo-mathematics.md, "The critic"'
+ENDING, WRONG = ('lectures/04-ppo-mathematics.md, "How a response can end"',
+                 'lectures/06-what-goes-wrong.md, "What goes wrong"')
+ROLLOUT = 'lectures/05-ppo-the-run.md, "The rollout"'
 NONE = ""                               # on this side nothing is suspect
 
 GRADIENTS = ("steps are cut to almost nothing", "gradients are in effect not clipped")
@@ -60,7 +62,7 @@ PPO = [
            "the penalty outweighs the score: the policy stays where SFT left it", KL),
     Limits("kl_target", 0.3, 60, "3 to 10 nats per response, or 0 for a fixed kl_coef",
            "kl_coef is raised until the policy stands still", "kl_coef is lowered to almost 0",
-           'lectures/03-ppo.md, "Adapting the coefficient"', off=0),
+           'lectures/04-ppo-mathematics.md, "Adapting the coefficient"', off=0),
     Limits("lam", 0.5, math.inf, "0.9 to 1", "each token sees the score through the critic's "
            "guesses alone, and an untrained critic misleads it", NONE, GAE),
     Limits("cliprange", 0.03, 1, "0.1 to 0.3",
@@ -241,7 +243,7 @@ def precision(options: dict, rows: list[dict]) -> list[Remark]:
         return []
     return [Remark("dtype", "bfloat16", "float32 where time allows", "the first ratio is off 1 by "
                    f"up to {off:.2g}, which is the rounding of this precision and no mistake",
-                   'lectures/03-ppo.md, "Parts, precision, processes"')]
+                   'lectures/05-ppo-the-run.md, "Parts, precision, processes"')]
 
 
 def remarks_on(stage: str, options: dict, rows: list[dict], finished: bool) -> list[Remark]:

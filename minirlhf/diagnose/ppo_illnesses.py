@@ -8,7 +8,7 @@ The list at the end says which columns and how many rows a verdict needs, and wh
 is well. Every threshold is a constant with its reason. "Measured" means: on the runs of
 `experiments/ill_runs.py` with the seeds 100 and (only the ill ones) 101; `diagnose_rates` reports
 other seeds.
-Lecture: lectures/03-ppo.md, "Reading the curves".
+Lecture: lectures/06-what-goes-wrong.md, "Reading the curves".
 """
 
 from operator import itemgetter
@@ -45,7 +45,7 @@ def negative_kl_ref(rows: list[dict]) -> Finding | None:
          "old_logprobs and ref_logprobs are swapped"),
         ("compare the log-probabilities noted while sampling with those of a full forward pass "
          "(check_rollout does)", "sample with the temperature that scores, without top-k"),
-        'lectures/03-ppo.md, "Why `kl_ref` may be negative"')
+        'lectures/04-ppo-mathematics.md, "Why `kl_ref` may be negative"')
 
 
 def first_ratio_off(rows: list[dict], options: dict) -> Finding | None:
@@ -63,7 +63,7 @@ def first_ratio_off(rows: list[dict], options: dict) -> Finding | None:
          *precision),
         ("use the same function for old and new log-probabilities, and no dropout",
          "score one batch twice without a step in between, and compare token by token"),
-        'lectures/03-ppo.md, "What is checked on every run"')
+        'lectures/05-ppo-the-run.md, "What is checked on every run"')
 
 
 # ---- how far it goes -----------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def kl_runs_away(rows: list[dict]) -> Finding | None:
          "the rate is too large"),
         ("raise kl_coef, or set kl_target to the nats that you allow",
          "take the policy of an earlier iteration", "read samples.txt: is it still text?"),
-        'lectures/03-ppo.md, "Why a KL penalty"')
+        'lectures/04-ppo-mathematics.md, "Why a KL penalty"')
 
 
 def clip_width(kl_old: float, clipped: float) -> float:
@@ -128,7 +128,7 @@ def clip_too_tight(kl_old: float, clipped: float, where: str, options: dict) -> 
          "one step and give no gradient",),
         ("raise cliprange to 0.2",
          "leave lr and epochs as they are: the updates are not too large"),
-        'lectures/03-ppo.md, "The clipped objective"')
+        'lectures/04-ppo-mathematics.md, "The clipped objective"')
 
 
 def updates_too_large(rows: list[dict], options: dict) -> Finding | None:
@@ -155,7 +155,7 @@ def updates_too_large(rows: list[dict], options: dict) -> Finding | None:
          "so few responses in a rollout that the advantages are mostly noise", *clip),
         ("lower lr", "lower epochs", "set kl_old_stop to end an update that goes too far",
          "raise batch_size"),
-        'lectures/03-ppo.md, "The clipped objective"')
+        'lectures/04-ppo-mathematics.md, "The clipped objective"')
 
 
 def nothing_moves(rows: list[dict]) -> Finding | None:
@@ -171,7 +171,7 @@ def nothing_moves(rows: list[dict]) -> Finding | None:
          "the weights are in a precision too coarse for steps of this size"),
         ("raise lr tenfold until kl_old is about 0.001 to 0.01",
          "look at advantage_std and at the scores in samples.txt"),
-        'lectures/03-ppo.md, "What goes wrong"')
+        'lectures/06-what-goes-wrong.md, "What goes wrong"')
 
 
 # ---- what is it that gets better? ----------------------------------------------------------------
@@ -211,7 +211,7 @@ def reward_hacking(rows: list[dict]) -> Finding | None:
         (f"stop near iteration {int(rows[best]['iteration'])}", "raise kl_coef",
          "use several reward models (--ensemble min), or compare responses of this policy and "
          "train the reward model on them too"),
-        'lectures/03-ppo.md, "What goes wrong"')
+        'lectures/06-what-goes-wrong.md, "What goes wrong"')
 
 
 def length_drifts(rows: list[dict]) -> Finding | None:
@@ -229,7 +229,7 @@ def length_drifts(rows: list[dict]) -> Finding | None:
         ("read samples.txt from the first to the last", "plot score against length",
          "balance the lengths of chosen and rejected responses in the comparisons",
          "log a judge with --gold"),
-        'lectures/03-ppo.md, "What goes wrong"')
+        'lectures/06-what-goes-wrong.md, "What goes wrong"')
 
 
 def entropy_collapse(rows: list[dict]) -> Finding | None:
@@ -244,7 +244,7 @@ def entropy_collapse(rows: list[dict]) -> Finding | None:
         ("kl_coef is too small: nothing pays for variety", "lr is too large"),
         ("raise kl_coef before you try ent_coef, which restores variety and not sense",
          "lower lr", "take the policy of an earlier iteration"),
-        'lectures/03-ppo.md, "What goes wrong"')
+        'lectures/06-what-goes-wrong.md, "What goes wrong"')
 
 
 def responses_do_not_end(rows: list[dict]) -> Finding | None:
@@ -261,7 +261,7 @@ def responses_do_not_end(rows: list[dict]) -> Finding | None:
         causes = ("the reward pays for length, by more than missing_end_penalty takes",
                   "missing_end_penalty is 0")
         remedies = ("raise missing_end_penalty", "read samples.txt: what comes before the cut?")
-        lecture = 'lectures/03-ppo.md, "How a response can end"'
+        lecture = 'lectures/04-ppo-mathematics.md, "How a response can end"'
     else:
         causes = ("SFT did not teach the end token: it was missing from the responses, or masked "
                   "because it is also the padding", "max_new_tokens is too small for the answers")
@@ -269,7 +269,7 @@ def responses_do_not_end(rows: list[dict]) -> Finding | None:
                     "if it goes on, look at the mask of a demonstration with python -m "
                     "minirlhf.data FILE --show 1, and train SFT again",
                     "if it is cut off, raise max_new_tokens")
-        lecture = 'lectures/01-sft.md, "The end token"'
+        lecture = 'lectures/02-sft.md, "The end token"'
     return Finding(
         "responses do not end", f"{start:.0%} of the responses chose the end token in iteration "
         f"0, {end:.0%} over {place(last)}, at {length:.1f} tokens" +
@@ -302,7 +302,7 @@ def critic_explains_nothing(rows: list[dict]) -> Finding | None:
          "the scores are alike"),
         ("raise critic_lr", "scale the reward to a deviation of about 1, as reward_model does",
          "look at old_values and returns in samples.txt"),
-        'lectures/03-ppo.md, "The critic"')
+        'lectures/04-ppo-mathematics.md, "The critic"')
 
 
 def advantages_vanish(rows: list[dict]) -> Finding | None:
@@ -317,7 +317,7 @@ def advantages_vanish(rows: list[dict]) -> Finding | None:
          "last token of a table in samples.txt", "the scores are tiny beside kl_coef * kl_ref"),
         ("print the scores of one batch", "scale the reward to a deviation of about 1",
          "ask for responses that differ: a higher temperature, more varied prompts"),
-        'lectures/03-ppo.md, "Whitening, after the returns"')
+        'lectures/04-ppo-mathematics.md, "Whitening, after the returns"')
 
 
 # ---- what is looked for --------------------------------------------------------------------------

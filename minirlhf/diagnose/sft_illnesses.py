@@ -1,6 +1,6 @@
 """The illnesses of SFT and of the reward model, in the form of `ppo_illnesses.py`.
 
-Lecture: lectures/01-sft.md, "Rate, epochs, and forgetting".
+Lecture: lectures/02-sft.md, "Rate, epochs, and forgetting".
 """
 
 from operator import itemgetter
@@ -46,7 +46,7 @@ def loss_does_not_move(rows: list[dict]) -> Finding | None:
          *(labels if values_of(rows, "held_out_accuracy") else ())),
         ("raise lr tenfold until the loss falls", "look at grad_norm: 0 means that no gradient "
          "arrives"),
-        'lectures/01-sft.md, "Rate, epochs, and forgetting"')
+        'lectures/02-sft.md, "Rate, epochs, and forgetting"')
 
 
 def rate_too_high(rows: list[dict]) -> Finding | None:
@@ -63,7 +63,7 @@ def rate_too_high(rows: list[dict]) -> Finding | None:
         ("lr is too large", "warmup_steps is too small for this lr"),
         ("lower lr three- to tenfold and start again from the same checkpoint",
          "do not use these weights: what was lost does not come back"),
-        'lectures/01-sft.md, "Rate, epochs, and forgetting"')
+        'lectures/02-sft.md, "Rate, epochs, and forgetting"')
 
 
 def learned_by_heart(rows: list[dict]) -> Finding | None:
@@ -83,8 +83,8 @@ def learned_by_heart(rows: list[dict]) -> Finding | None:
         f"from {before:.3f} to {after:.3f}",
         ("too many epochs for so few examples", "lr is too large"),
         ("fewer epochs: stop where the held-out loss was lowest", "more examples", "lower lr"),
-        'lectures/02-reward-model.md, "One step, and one epoch"' if "held_out_accuracy" in last
-        else 'lectures/01-sft.md, "Rate, epochs, and forgetting"')
+        'lectures/03-reward-model.md, "One step, and one epoch"' if "held_out_accuracy" in last
+        else 'lectures/02-sft.md, "Rate, epochs, and forgetting"')
 
 
 def at_chance(rows: list[dict]) -> Finding | None:
@@ -109,7 +109,7 @@ def at_chance(rows: list[dict]) -> Finding | None:
         ("read twenty comparisons: would you choose the same?",
          "train on 32 comparisons for many epochs: a model that cannot learn those by heart has "
          "a bug", "try lr three times smaller and larger"),
-        'lectures/02-reward-model.md, "Accuracy and calibration"')
+        'lectures/03-reward-model.md, "Accuracy and calibration"')
 
 
 SFT = [

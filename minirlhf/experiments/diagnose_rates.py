@@ -9,7 +9,7 @@ Every illness is produced by its cause in the runs of `ill_runs.py`, once per se
 runs differ in their settings. A run whose folder is there already is not made again. The thresholds
 of the illnesses were chosen on the seeds 100 and 101. Seed 0 then led to changes too (three causes
 work longer or alone, entropy and kl_old have other limits), so it flatters a little.
-Lecture: lectures/03-ppo.md, "Reading the curves".
+Lecture: lectures/06-what-goes-wrong.md, "Reading the curves".
 """
 
 import os

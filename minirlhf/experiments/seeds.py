@@ -8,7 +8,7 @@ again, if it is of the same base (by its weights and its tokenizer) and the same
 another one is refused. `--jobs 2` runs two pipelines at a time with one thread each, which is
 faster on two cores than one after the other with two threads; the seconds it reports are then of
 such runs.
-Lecture: lectures/03-ppo.md, "Did it get better?".
+Lecture: lectures/07-does-it-work.md, "Did it get better?".
 """
 
 import os

@@ -9,7 +9,7 @@ In:  for --run the finished stages of `python -m minirlhf`. Out: text; of --run 
 
 A mistake is switched on by putting a wrong function in the place of the right one, from outside:
 the trainers know nothing of it. Each is caught by the test on its label.
-Lecture: lectures/03-ppo.md, "Bugs that run".
+Lecture: lectures/06-what-goes-wrong.md, "Bugs that run".
 """
 
 import ast

@@ -2,7 +2,7 @@
 
 `EXHIBITS` are mistakes that sit in one function, so that they can be switched on by putting a wrong
 twin in its place. `GUARDED` are those that do not; a named test stands guard against each.
-Lecture: lectures/03-ppo.md, "Bugs that run".
+Lecture: lectures/06-what-goes-wrong.md, "Bugs that run".
 """
 
 from collections.abc import Callable
