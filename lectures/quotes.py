@@ -12,10 +12,18 @@ The symbol is a function, a class, `Class.method`, or a name assigned at module 
 its docstring is left out: a lecture says the same at more length. A comment that names a file or a
 symbol that is gone is not rewritten: the message says which file defines the symbol now, and you
 change the comment. The exit code is 1 if a quote or a comment is still wrong at the end.
+
+What the laboratory measured comes after
+
+    <!-- lab: beta -->          claim, verdict, table, findings and picture of lectures/results/lab
+    <!-- verdict: beta -->      claim and verdict only, for a second place
+
+and ends with `<!-- end -->`. As long as there is no stored result the comment stands alone.
 """
 
 import argparse
 import ast
+import json
 import re
 import textwrap
 from dataclasses import dataclass
@@ -25,7 +33,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-MARK = re.compile(r"^<!-- (code|tour|output)(?:: (.*?))? -->\n\Z", re.M)
+RESULT = re.compile(r"^<!-- (lab|verdict): (\w+) -->\n"
+                    r"((?:(?!<!-- (?:lab|verdict): ).)*?<!-- end -->\n)?", re.M | re.S)
+MARK = re.compile(r"^<!-- (code|tour|output|stored)(?:: (.*?))? -->\n\Z", re.M)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Block:
     """A fenced block of a lecture, and the comment that stands directly before it."""
     language: str
     text: str           # what is between the fences, with its last newline
-    mark: str           # "code", "tour", "output", or "" without a comment
+    mark: str           # "code", "tour", "output", "stored", or "" without a comment
     argument: str       # what the comment says after the colon
     start: int          # where `text` begins in the lecture
     line: int           # line of the opening fence, from 1
@@ -151,14 +161,61 @@ def renew(lecture: str) -> tuple[str, list[str], list[str]]:
     return lecture, changes, broken
 
 
+def measured(kind: str, result: dict, name: str) -> str:
+    """What a stored result of the laboratory says, as Markdown: all of it, or the verdict."""
+    seeds = result["seeds"]
+    text = (f"\n**Measured** (`{result['command']}`, {seeds} seeds). The claim: "
+            f"*{result['claim']}* By the rule that was stated beforehand: "
+            f"**{result['verdict']}**.\n")
+    if kind == "lab":
+        figures = [figure for figure in result["figures"]
+                   if any(figure in arm for arm in result["arms"].values())]
+        lines = [["mean [95 % over seeds]", *figures], ["---"] * (1 + len(figures))]
+        for arm, of_arm in result["arms"].items():
+            lines.append([arm, *(interval(of_arm[figure]) if figure in of_arm else ""
+                                 for figure in figures)])
+        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+        for part in result["findings"]:
+            text += f"- {part['word']}: {part['claim']} (difference {interval(part, '+')})\n"
+        text += f"\n![{name}: each arm's figures over the seeds](results/lab/{name}.png)\n"
+    return text + "\n<!-- end -->\n"
+
+
+def interval(figure: dict, sign: str = "") -> str:
+    """Mean, low and high of a stored figure.
+
+    Example: {"mean": 1.234, "low": 1, "high": 1.5} gives "1.23 [1.00, 1.50]".
+    """
+    mean, low, high = (f"{figure[end] + 0.0:{sign}.2f}" for end in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def renew_results(lecture: str, folder: Path = FOLDER / "results" / "lab") -> tuple[str, list[str]]:
+    """The lecture with the laboratory's results as they are stored in `folder`; what changed."""
+    changes: list[str] = []
+
+    def stored(mark: re.Match) -> str:
+        path = folder / f"{mark[2]}.json"
+        text = f"<!-- {mark[1]}: {mark[2]} -->\n"
+        if path.exists():
+            text += measured(mark[1], json.loads(path.read_text(encoding="utf-8")), mark[2])
+        if text != mark[0]:
+            changes.append(f"{mark[1]}: {mark[2]}: the stored result says something else")
+        return text
+
+    return RESULT.sub(stored, lecture), changes
+
+
 def main() -> int:
-    """Report or rewrite stale quotes; the exit code."""
+    """Report or rewrite stale quotes and results; the exit code."""
     parser = argparse.ArgumentParser(description="Compare the lectures' quotes with the code.")
     parser.add_argument("--fix", action="store_true", help="rewrite the quotes that differ")
     fix = parser.parse_args().fix
     left, stale = 0, 0
     for path in sorted(FOLDER.glob("*.md")):
         renewed, changes, broken = renew(path.read_text(encoding="utf-8"))
+        renewed, results = renew_results(renewed)
+        changes += results
         for text in changes:
             print(f"{path.name}, {text}{' (rewritten)' if fix else ''}")
         for text in broken:

@@ -6,7 +6,8 @@
 When it is stopped, the same command goes on where it was.
 
 In:  the shipped base model, checkpoints/tiny. Out, under checkpoints/: the folders `sft`,
-     `reward_model`, `reward_model_2`, `ppo`, the comparisons, `report.json` and `curves.png`.
+     `reward_model`, `reward_model_2`, `ppo`, the comparisons, `report.json`, `curves.png`
+     and `report.html`, the page to look at.
 
 Each stage is the command that you can run by itself with the options printed here; this file only
 runs them one after another, compares the three policies on held-out prompts, and reports.
@@ -14,12 +15,14 @@ Lecture: lectures/00-map.md, "Run it".
 """
 
 import bdb
+import importlib
 import json
 import os
 import time
 from dataclasses import asdict, dataclass, fields, replace
 
 from minirlhf import ppo, reward_model, sft
+from minirlhf.engine.jobs import run_jobs
 from minirlhf.engine.options import Stopped, check, check_range, one_sentence, parse_config
 from minirlhf.engine.output import check_output
 from minirlhf.engine.state import STATE_FILE
@@ -37,6 +40,7 @@ from minirlhf.evaluate import (
 )
 from minirlhf.files.disk import read_json, write_atomically, write_json
 from minirlhf.files.records import FIELDS
+from minirlhf.page.write import write_page
 from minirlhf.plots import pipeline_picture
 from minirlhf.rewards import load_reward
 from minirlhf.world import comparisons
@@ -81,7 +85,7 @@ def command(module: str, cfg) -> str:
 
 STAGES = {"sft": "SFT", "reward_model": "RewardModel", "reward_model_2": "RewardModel",
           "ppo": "PPO"}                 # folder -> command, as the stage's run.json says it
-WRITTEN = ("comparisons.jsonl", "report.json", "curves.png")
+WRITTEN = ("comparisons.jsonl", "report.json", "curves.png", "report.html")
 
 
 class Progress:
@@ -167,17 +171,19 @@ def train(cfg: PipelineConfig, plan: Plan, progress: Progress) -> tuple[list[str
               f"  chosen   {first['chosen']!r}\n  rejected {first['rejected']!r}")
     progress.stop()
 
-    folders, figures = [], []
+    jobs = {}
     for number in range(1, plan.reward_models + 1):
         name = "reward_model" if number == 1 else f"reward_model_{number}"
-        rm_cfg = reward_model.RewardModelConfig(
+        jobs[name] = reward_model.RewardModelConfig(
             model=sft_cfg.out, data=path, comparisons=plan.comparisons,
             held_out=plan.comparisons // 10, in_order=True, seed=100 * cfg.seed + number,
             out=os.path.join(cfg.out, name))
-        goes_on = progress.start(name, f"2b. reward model: {command('reward_model', rm_cfg)}")
-        figures.append(reward_model.main(replace(rm_cfg, resume=goes_on)))
-        folders.append(rm_cfg.out)
-        progress.stop()
+    commands = "\n    ".join(command("reward_model", rm_cfg) for rm_cfg in jobs.values())
+    goes_on = progress.start("reward_models", f"2b. reward models:\n    {commands}")
+    figures = run_jobs(reward_model.main, {name: (replace(rm_cfg, resume=goes_on),)
+                                           for name, rm_cfg in jobs.items()})
+    folders = [rm_cfg.out for rm_cfg in jobs.values()]
+    progress.stop()
 
     ppo_cfg = ppo.PPOConfig(model=sft_cfg.out, reward=",".join(folders), ensemble="min",
                             iterations=plan.iterations, seed=cfg.seed,
@@ -188,26 +194,39 @@ def train(cfg: PipelineConfig, plan: Plan, progress: Progress) -> tuple[list[str
     return folders, figures
 
 
-def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
-    """Compare base, SFT, SFT again (the control) and RLHF on the same held-out prompts."""
+def answer(cfg: PipelineConfig, plan: Plan, rm_folders: list[str], *names: str) -> dict:
+    """Answers and figures of the policies of these names: {name: (Answers, figures)}."""
     folders = {"base": cfg.base, "SFT": os.path.join(cfg.out, "sft"),
                "SFT again": os.path.join(cfg.out, "sft"), "RLHF": os.path.join(cfg.out, "ppo")}
     ref_policy, tokenizer = load_policy(folders["SFT"])
     reward_function = load_reward(",".join(rm_folders), "min", tokenizer)
     prompts, _ = read_prompts("minirlhf.world:held_out_prompts", tokenizer,
                               ref_policy.config.n_positions, 32, count=plan.prompts, seed=cfg.seed)
-    answers, figures = {}, {}
-    for stream, (name, folder) in enumerate(folders.items()):
-        policy, _ = load_policy(folder, tokenizer)
-        answers[name] = sample_answers(policy, tokenizer, prompts, plan.answers, seed=cfg.seed,
-                                       stream=stream)
-        figures[name] = gold_figures(answers[name])
+    made = {}
+    for name in names:
+        policy, _ = load_policy(folders[name], tokenizer)
+        answers = sample_answers(policy, tokenizer, prompts, plan.answers, seed=cfg.seed,
+                                 stream=list(folders).index(name))
+        figures = gold_figures(answers)
         if name != "SFT again":                          # the control is of the gold judge alone
-            figures[name]["score"] = judge_answers(answers[name], reward_function, tokenizer)
-            figures[name]["kl_ref"] = kl_to_reference(policy, ref_policy, answers[name])
-        print(f"  {name}: {answers[name].lengths.size} answers", flush=True)
+            figures["score"] = judge_answers(answers, reward_function, tokenizer)
+            figures["kl_ref"] = kl_to_reference(policy, ref_policy, answers)
+        made[name] = answers, figures
+        print(f"{answers.lengths.size} answers by {name}", flush=True)
+    return made
+
+
+def evaluate(cfg: PipelineConfig, plan: Plan, rm_folders: list[str]) -> dict:
+    """Compare base, SFT, SFT again (the control) and RLHF on the same held-out prompts."""
+    order = ("base", "SFT", "SFT again", "RLHF")
+    halves = [("base", "SFT again"), ("SFT", "RLHF")] if not cfg.quick else [order]
+    made = {}
+    for half in run_jobs(answer, {f"  {' and '.join(names)}": (cfg, plan, rm_folders, *names)
+                                  for names in halves}):
+        made.update(half)
+    answers, figures = [{name: made[name][part] for name in order} for part in (0, 1)]
     policies = {name: describe(answers[name], figures[name], seed=cfg.seed, against=figures["SFT"])
-                for name in folders}
+                for name in order}
     for part in (policies["SFT"], *policies["SFT"]["by_kind"].values()):
         del part["win_rate"]                             # 0.5: these answers against themselves
     samples = side_by_side(answers["SFT"], answers["RLHF"], figures["SFT"]["gold"],
@@ -265,6 +284,8 @@ def main(cfg: PipelineConfig) -> dict:
     report = make_report(cfg, plan, compared, rm_figures, progress.seconds)
     path = os.path.join(cfg.out, "report.json")
     write_json(path, report)
+    page = os.path.join(cfg.out, "report.html")
+    write_page([cfg.out], page, seed=cfg.seed)
     os.unlink(progress.path)
     print("\n=== samples: held-out prompts, gold score in brackets")
     for sample in compared["samples"]:
@@ -276,11 +297,13 @@ def main(cfg: PipelineConfig) -> dict:
     print(f"\nRLHF beats SFT in {cell(report['win_rate'])} of comparisons (gold judge, held-out "
           f"prompts, ties half, 95 % interval);\nSFT against itself: {cell(report['control'])}. "
           f"Reward models: held-out accuracy {accuracies}.")
-    print(f"{report['seconds']['total']:.0f} s in all. Wrote {path} and {picture}; next, run  "
-          "python -m minirlhf.evaluate  or open lectures/00-map.md")
+    print(f"{report['seconds']['total']:.0f} s in all. Wrote {path}, {picture} and {page}; next, "
+          "open the page in a browser, run  python -m minirlhf.evaluate , read lectures/00-map.md")
     return report
 
 
 if __name__ == "__main__":
     with one_sentence():
-        main(parse_config(PipelineConfig))
+        # careful: a job's process finds `answer` and the configs under this name, not as __main__
+        pipeline = importlib.import_module("minirlhf.__main__")
+        pipeline.main(parse_config(pipeline.PipelineConfig))

@@ -43,7 +43,14 @@ from minirlhf.files.hub import find_folder
 from minirlhf.files.pretrained import load_network
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2, token_logprobs
-from minirlhf.people.verdicts import judge_by_person, make_questions, shown
+from minirlhf.people.verdicts import (
+    POINTS,
+    VerdictFile,
+    check_setup,
+    judge_by_person,
+    make_questions,
+    shown,
+)
 from minirlhf.rewards import load_reward, try_once
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.world import judge
@@ -61,7 +68,7 @@ class EvaluateConfig:
     prompts: str = "minirlhf.world:held_out_prompts"    # .jsonl file, or module:function
     prompt_count: Natural = 400         # prompts to use; 0: all that the file has
     judge: str = "gold"                 # gold, person, reward-model folders, or module:function
-    ensemble: Literal["mean", "min"] = "mean"    # how several reward models vote
+    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
     answers: Count = 4                  # K, drawn to each prompt; a person sees one of each policy
     max_new_tokens: Count = 32          # longest response, tokens
     batch_size: Count = 256             # rows at a time; lower it for long prompts, large models
@@ -163,6 +170,13 @@ def sample_answers(policy: GPT2, tokenizer: Tokenizer, prompts: list[Prompt], an
     texts = [[tokenizer.decode(ids).strip() for ids in drawn] for drawn in responses]
     lengths = np.array([[len(ids) for ids in drawn] for drawn in responses])        # (P, K)
     return Answers(prompts, responses, texts, lengths, ended)
+
+
+def pair_up(a: Answers, b: Answers) -> list[dict]:
+    """The first answers of two policies to the same prompts, as a person's questions hold them."""
+    return [{"prompt": prompt.text, "answer_a": a.texts[p][0], "answer_b": b.texts[p][0],
+             "ended_a": bool(a.ended[p, 0]), "ended_b": bool(b.ended[p, 0])}
+            for p, prompt in enumerate(a.prompts)]
 
 
 # ---- figures: one number for each answer, (P, K) -------------------------------------------------
@@ -325,11 +339,12 @@ def compare_by_person(cfg: EvaluateConfig, policies: dict[str, GPT2], tokenizer:
     a, b = [sample_answers(policies[name], tokenizer, prompts, 1, batch_size=cfg.batch_size,
                            max_new_tokens=cfg.max_new_tokens, seed=cfg.seed, stream=stream)
             for stream, name in enumerate("ab")]
-    texts = [[shown(drawn.texts[p][0], drawn.ended[p, 0]) for p in range(len(prompts))]
-             for drawn in (a, b)]
     setup = {"a": cfg.a, "b": cfg.b, "prompts": cfg.prompts, "seed": cfg.seed}
-    questions = make_questions([shown(prompt.text) for prompt in prompts], *texts, setup)
-    rates = judge_by_person(questions, os.path.join(cfg.out, "human.jsonl"))        # (judged,)
+    questions = make_questions(pair_up(a, b), setup)
+    file = VerdictFile(os.path.join(cfg.out, "human.jsonl"))
+    check_setup(file, questions)
+    verdicts = judge_by_person(questions, file)
+    rates = np.array([POINTS[verdict] for verdict in verdicts if verdict in POINTS])    # (judged,)
     result = {"pairs": len(questions), "judged": len(rates), "ties": int((rates == 0.5).sum())}
     if len(rates) > 0:
         result["win_rate"] = interval(rates, cfg.seed)

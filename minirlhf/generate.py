@@ -6,7 +6,7 @@ The distribution that a token is drawn from is `gpt2.behaviour_logprobs`, the on
 
 Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary, nh heads, hs head size;
 R of the B rows are still being continued, N is max_new_tokens.
-Lecture: lectures/00-map.md, "The base model".
+Lecture: lectures/01-gpt2.md, "From log-probabilities to tokens".
 """
 
 import math

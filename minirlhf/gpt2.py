@@ -12,7 +12,7 @@ Right padding needs neither position ids nor an attention mask in a full forward
 looks back only, so no real token ever sees the padding after it.
 
 Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary, nh heads, hs head size.
-Lecture: lectures/00-map.md, "The four networks".
+Lecture: lectures/01-gpt2.md.
 """
 
 import math
@@ -195,7 +195,7 @@ class ScalarModel(Pretrained, nn.Module):
         """ids (B, T), lengths (B,) -> the number at each row's last real token (B,)."""
         last = (lengths - 1)[:, None]                                    # (B, 1)
         # careful: ids[:, -1] would be padding in every row but the longest
-        return self(ids).gather(1, last).squeeze(1)                      # (B,)
+        return fast.by_length(self, ids, lengths).gather(1, last).squeeze(1)        # (B,)
 
 
 # ---- from logits to log-probabilities ------------------------------------------------------------

@@ -3,9 +3,8 @@
     python -m minirlhf.ppo
     python -m minirlhf.ppo --reward my_module:my_reward --prompts prompts.jsonl --gold ""
 
-In:  an SFT folder (start of the policy, and the frozen reference), a reward: reward-model folders
-     or a Python function, and prompts. Out: a checkpoint folder with the policy, its critic,
-     `metrics.csv` and `samples.txt` with token tables.
+In:  an SFT folder (start of the policy, and the reference), a reward (folders or a function),
+     prompts. Out: a checkpoint folder: policy, critic, `metrics.csv`, `samples.txt`.
 
 The algorithm, once per iteration:
     sample a response to each of `batch_size` prompts from the policy                      (rollout)
@@ -17,11 +16,10 @@ The algorithm, once per iteration:
         clipped policy loss + vf_coef * clipped value loss - ent_coef * entropy; one Adam step
 
 Choices and deviations:
- 1. Sampling, old, new and reference log-probabilities all come from one function, with one
-    temperature, and no network has dropout. So the ratio is 1 on the first minibatch and kl_ref is
-    0 in iteration 0, and the run stops if they are not (`ppo_report` has these checks).
- 2. The score sits on the last action: the end token or, if none was chosen, the last token; in that
-    case `missing_end_penalty` is taken off it. The value after the last action counts as 0.
+ 1. All log-probabilities come from one function, with one temperature, and without dropout. So the
+    ratio is 1 on the first minibatch, kl_ref 0 in iteration 0, or the run stops (`ppo_report`).
+ 2. The score sits on the last action, less `missing_end_penalty` if that is no end token; a reward
+    function may also pay per token, (B, T-1). The value after the last action counts as 0.
  3. `returns` are taken before whitening; whitening is over all response tokens of the rollout.
  4. Losses are means over response tokens, so a long response weighs more than a short one.
  5. `--critic separate` (InstructGPT) starts from the first reward model, or from the policy if the
@@ -53,6 +51,7 @@ from minirlhf.engine.training import masked_mean, random_stream, whiten
 from minirlhf.files.pretrained import load_network
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2, PolicyWithValue, ScalarModel, token_logprobs
+from minirlhf.ppo_tokens import show_responses
 from minirlhf.rewards import adapt_kl_coef, load_gold, load_reward, reward_folders, try_once
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
@@ -62,7 +61,7 @@ class PPOConfig:
     """Options of `python -m minirlhf.ppo`."""
     model: str = "checkpoints/sft"      # SFT folder: start of the policy, and the frozen reference
     reward: str = "checkpoints/reward_model"    # folder, folders with commas, or module:function
-    ensemble: Literal["mean", "min"] = "mean"    # how several reward models vote; min: pessimistic
+    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
     prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function giving records
     prompt_count: Natural = 4000        # prompts to draw from; 0: all that the file has
     gold: str = "minirlhf.world:gold_reward"    # module:function, logged and never optimised
@@ -77,6 +76,7 @@ class PPOConfig:
     lr: Amount = 5e-4                   # peak rate of the policy; for GPT-2 124M 3e-6 to 1e-5
     critic_lr: Amount = 1e-3            # peak rate of a separate critic, or of the value head
     warmup_iterations: Natural = 3      # linear warm-up, then linear down to 0
+    critic_warmup: Natural = 0          # first iterations, in which only the critic is trained
     gamma: Share = 1.0                  # discount; 1: a token now is worth a token later
     lam: Share = 0.95                   # GAE's lambda (Ziegler et al.)
     kl_coef: Amount = 0.2               # weight of kl_ref, beta in papers (0.02 in InstructGPT)
@@ -93,7 +93,7 @@ class PPOConfig:
     checkpointing: bool = False         # compute each layer twice, to save memory
     dtype: Precision = "float32"        # of matrix products: float32, bfloat16
     device: Device = "cpu"              # cpu, cuda, mps
-    sample_every: Count = 10            # iterations between printed token tables
+    sample_every: Count = 5             # iterations between token tables, and kept answers
     save_every: Count = 5               # iterations between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out
     seed: Seed = 0                      # of prompts, samples and minibatches
@@ -113,13 +113,15 @@ def shaped_rewards(scores: torch.Tensor, kl_ref: torch.Tensor, mask: torch.Tenso
     """Reward of every token: -kl_coef * kl_ref, and the score on each row's last action.
 
     scores (B,), kl_ref (B, T-1) nats, mask (B, T-1) bool -> rewards (B, T-1), 0 outside the mask.
+    Scores (B, T-1), one per token, are paid each where it stands.
 
-    Example: score 1, kl_coef 0.1, kl_ref 0.5, -0.2, 0.3 and all in the mask give
-    -0.05, 0.02, 0.97.
+    Example: score 1, kl_coef 0.1, kl_ref 0.5, -0.2, 0.3, all in the mask: -0.05, 0.02, 0.97.
     Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2, token by token.
     Lecture: lectures/04-ppo-mathematics.md, "The KL-shaped reward".
     """
     rewards = torch.where(mask, -kl_coef * kl_ref, 0.0)                             # (B, T-1)
+    if scores.dim() == 2:
+        return rewards + torch.where(mask, scores, 0.0)
     column = torch.arange(mask.shape[1], device=mask.device)                        # (T-1,)
     # careful: the last action is the last column of the mask, not the last column of the row
     last_action = torch.where(mask, column, -1).max(dim=1).values                   # (B,)
@@ -133,8 +135,7 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
 
     rewards, values (B, T-1), mask (B, T-1) bool. The value after the last action counts as 0.
     delta[t] = rewards[t] + gamma * values[t+1] - values[t]
-    advantages[t] = delta[t] + gamma * lam * advantages[t+1]
-    returns = advantages + values
+    advantages[t] = delta[t] + gamma * lam * advantages[t+1];  returns = advantages + values
 
     Example: rewards -0.1, -0.2, 1.0, values 0.5, 0.4, 0.6, gamma 1, lam 0.95: delta is -0.2, 0.0,
     0.4, advantages are 0.161, 0.38, 0.4 and returns 0.661, 0.78, 1.0. With lam below 1 and values
@@ -145,8 +146,7 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: 
     values = torch.where(mask, values, 0.0)                                         # (B, T-1)
     rewards = torch.where(mask, rewards, 0.0)                                       # (B, T-1)
     advantages = torch.zeros_like(values)                                           # (B, T-1)
-    next_value = torch.zeros_like(values[:, 0])                                     # (B,)
-    next_advantage = torch.zeros_like(values[:, 0])                                 # (B,)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])                    # (B,)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]                   # (B,)
         advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
@@ -163,8 +163,7 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
     ratio = exp(logprobs - old_logprobs); a token's loss is the larger of -ratio * advantage and
     -clip(ratio, 1 - cliprange, 1 + cliprange) * advantage.
 
-    Example, cliprange 0.2: ratio 1.5 with advantage 1 gives -1.2 and no gradient; ratio 1.5 with
-    advantage -1 gives 1.5 with its gradient; ratio 1 with advantage 1 gives -1.
+    Example, cliprange 0.2, ratio 1.5: advantage 1 gives -1.2 and no gradient, -1 gives 1.5 with it.
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     Lecture: lectures/04-ppo-mathematics.md, "The clipped objective".
     """
@@ -181,8 +180,7 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
                token_count: int | None = None) -> torch.Tensor:
     """Half the mean squared error of the values, clipped around the old ones. All inputs (B, T-1).
 
-    Example, cliprange_value 0.2: value 1, old value 0, return 1: the clipped value 0.2 errs by 0.8,
-    the larger error counts, the loss is 0.5 * 0.64 = 0.32.
+    Example, range 0.2: value 1, old value 0, return 1: 0.32; the clipped 0.2 errs more, by 0.8.
     Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py, loss.
     Lecture: lectures/04-ppo-mathematics.md, "The critic".
     """
@@ -272,17 +270,19 @@ def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokeni
         mask = response_mask(made.prompt_lengths, made.lengths, made.ids.shape[1])  # (B, T-1)
         old_logprobs, old_values, entropy, ref_logprobs = forward_pass(networks, ref_policy,
                                                                        made.ids, mask, cfg)
-        scores = reward_function(made.ids, made.prompt_lengths, made.lengths, tokenizer)    # (B,)
-    scores = scores - cfg.missing_end_penalty * ~made.ended                         # (B,)
+        scores = reward_function(made.ids, made.prompt_lengths, made.lengths, tokenizer)
+    penalty = cfg.missing_end_penalty * ~made.ended                                 # (B,)
+    if scores.dim() == 2:                                # one per token: the last action pays it
+        penalty = shaped_rewards(penalty, torch.zeros_like(scores), mask, 0.0)      # (B, T-1)
+    scores = scores - penalty                                                # (B,) or (B, T-1)
     kl_ref = old_logprobs - ref_logprobs                                            # (B, T-1)
     rewards = shaped_rewards(scores, kl_ref, mask, kl_coef)                         # (B, T-1)
     advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)        # (B, T-1) each
     batch = Rollout(made.ids, made.prompt_lengths, made.lengths, made.ended, mask, made.logprobs,
-                    old_logprobs, ref_logprobs, old_values, entropy, scores, kl_ref, rewards,
-                    advantages, returns)
+                    old_logprobs, ref_logprobs, old_values, entropy, report.totals(scores, mask),
+                    kl_ref, rewards, advantages, returns)
     batch = parallel.gather(batch, ids=tokenizer.end_token)      # with the rows of all processes
-    # careful: after the returns, not before
-    batch.advantages = whiten(batch.advantages, batch.response_mask)                # (B, T-1)
+    batch.advantages = whiten(batch.advantages, batch.response_mask)    # careful: after returns
     report.check_rollout(batch, kl_coef, iteration, cfg.dtype)
     return batch
 
@@ -294,7 +294,8 @@ def minibatches(cfg: PPOConfig, iteration: int) -> list[torch.Tensor]:
     steps: list[torch.Tensor] = []
     for epoch in range(cfg.epochs):
         generator = random_stream(cfg.seed, 2, iteration, epoch)
-        steps += torch.randperm(cfg.batch_size, generator=generator).split(cfg.minibatch_size)
+        order = torch.randperm(cfg.batch_size, generator=generator)                 # (B,)
+        steps += order.to(cfg.device).split(cfg.minibatch_size)
     return steps
 
 
@@ -305,8 +306,7 @@ def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: R
     for rows in minibatches(cfg, iteration):
         where = f"iteration {iteration}, step {len(steps)}"
         mask = batch.response_mask[rows]                                            # (b, T-1)
-        token_count = int(mask.sum())
-        measured = []
+        token_count, measured = int(mask.sum()), []
         optimizer.zero_grad()
         for numbers in parallel.parts(rows, cfg.minibatch_size, cfg.accumulation):
             part = batch.rows(numbers)                   # by default the whole minibatch
@@ -349,10 +349,10 @@ def main(cfg: PPOConfig) -> dict:
     inputs = {"--model": fingerprint(ref_policy), "--reward": reward_function.source,
               "--prompts": fingerprint([prompt.ids for prompt in prompts]),
               "--gold": gold_function.source if gold_function else ""}
-    print(f"PPO: {cfg.iterations} iterations of {cfg.batch_size} prompts, {cfg.critic} critic, "
-          f"reward {cfg.reward}", flush=True)
+    print(f"PPO: {cfg.iterations} iterations of {cfg.batch_size}, reward {cfg.reward}", flush=True)
     with RunFolder(cfg, cfg.iterations, report.METRICS, inputs, networks, optimizer) as run:
         for iteration in run.steps():
+            networks.policy.requires_grad_(iteration >= cfg.critic_warmup)
             training.set_learning_rate(optimizer, iteration, cfg.iterations, cfg.warmup_iterations,
                                        "linear")
             kl_coef = run.row.get("kl_coef", cfg.kl_coef)
@@ -368,8 +368,8 @@ def main(cfg: PPOConfig) -> dict:
             run.log({"iteration": iteration, **before, **after, "kl_coef": kl_coef,
                      "lr": optimizer.param_groups[0]["lr"]})
             print(report.progress(run.row, run.seconds()), flush=True)
-            if iteration % cfg.sample_every == 0 or iteration + 1 == cfg.iterations:
-                run.sample(f"iteration {iteration}\n{report.token_table(batch, 0, tokenizer)}\n")
+            show_responses(run, rollout, batch, networks, ref_policy, reward_function,
+                           gold_function, tokenizer, prompts)
         training.check_frozen(*frozen)
         run.publish(tokenizer, networks.policy, critic=networks.critic)
     return run.row

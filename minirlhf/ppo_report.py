@@ -66,6 +66,11 @@ def check_first_ratio(step: dict, where: str, dtype: str) -> None:
 
 # ---- metrics -------------------------------------------------------------------------------------
 
+def totals(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Each response's score (B,), from scores (B,) or, per token, (B, T-1)."""
+    return scores if scores.dim() == 1 else torch.where(mask, scores, 0.0).sum(dim=1)
+
+
 def measure(batch, gold_function, tokenizer: Tokenizer) -> dict:
     """The metrics that a rollout gives, before its update."""
     gold = None
@@ -95,13 +100,15 @@ def measure_step(measured: list[tuple], mask: torch.Tensor, cliprange: float) ->
     """
     ratios = [mask[:0].float(), *[ratio.float() for ratio, _, _ in measured]]
     ratio = parallel.gather_rows(torch.cat(ratios), len(mask))[mask]                # (N,)
-    losses = [sum(part[i].item() for part in measured) for i in (1, 2)]
-    pg_loss, vf_loss = parallel.sums(losses, mask.device)
+    losses = torch.zeros(2, device=mask.device)
+    for _, pg_loss, vf_loss in measured:
+        losses = losses + torch.stack([pg_loss, vf_loss])                           # (2,)
+    losses = parallel.sum_tensor(losses)
+    off = (ratio - 1).abs()                                                         # (N,)
     k3 = ratio - 1 - ratio.clamp(min=1e-30).log()        # (N,) estimates KL(old || new), never < 0
-    return {"tokens": len(ratio), "kl_old": k3.mean().item(),
-            "clipfrac": ((ratio - 1).abs() > cliprange).float().mean().item(),
-            "ratio_off": (ratio - 1).abs().max().item(), "ratio_max": ratio.max().item(),
-            "pg_loss": pg_loss, "vf_loss": vf_loss}
+    figures = [k3.mean(), (off > cliprange).float().mean(), off.max(), ratio.max(), *losses]
+    names = ("kl_old", "clipfrac", "ratio_off", "ratio_max", "pg_loss", "vf_loss")
+    return {"tokens": len(ratio), **dict(zip(names, torch.stack(figures).tolist()))}
 
 
 def summarise(steps: list[dict]) -> dict:

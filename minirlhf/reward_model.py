@@ -10,14 +10,12 @@ The algorithm: copy the SFT model and put a scalar head in place of its vocabula
 response is that head's number at the response's last token, the only place that has seen all of
 it. Bradley-Terry takes the difference of two scores as the log-odds that a person prefers the
 first; the loss is minus the log-probability of the choice that the person made. Only differences
-matter to it, so at the end scores are shifted and scaled to mean 0 and deviation 1 on responses of
-the SFT model: the coefficient of the KL penalty in stage 3 then has a known scale to work against.
+matter, so at the end scores get mean 0 and deviation 1 on SFT responses: a known scale for PPO.
 
 Choices and deviations:
  1. One epoch, as in InstructGPT (appendix C.2), which saw its reward models overfit with more.
  2. Training and held-out comparisons share no prompt; of a file, the latter are drawn by seed.
- 3. Shift and scale are folded into the weights of the head and of the last layer norm, so the saved
-    file itself gives the normalised scores, in any program that loads it.
+ 3. Shift and scale are folded into the saved weights: any program that loads them has them.
  4. Calibration is measured: when the model says 70 %, are 70 of 100 such choices right?
  5. Another `--seed` gives another member of an ensemble: other head, other order, of a file other
     held-out prompts. Comparisons are shuffled one by one; InstructGPT keeps a prompt's together.
@@ -197,15 +195,14 @@ def train_step(model: ScalarModel, optimizer: torch.optim.Optimizer, rows: list[
     return {"loss": loss, "accuracy": right / len(rows), "grad_norm": grad_norm}
 
 
-def held_out_margins(model: ScalarModel, rows: list[Comparison], cfg: RewardModelConfig,
-                     end_token: int) -> torch.Tensor:
-    """Score differences chosen - rejected, (N,), without gradient."""
-    margins = [torch.zeros(0, device=cfg.device)]
+def held_out_scores(model: ScalarModel, rows: list[Comparison], cfg: RewardModelConfig,
+                    end_token: int) -> torch.Tensor:
+    """Scores of chosen and rejected responses, (N, 2), without gradient."""
+    scores = [torch.zeros(0, 2, device=cfg.device)]
     with torch.no_grad():
         for part in parallel.parts(rows, cfg.batch_size, cfg.accumulation):
-            chosen, rejected = score_pairs(model, part, end_token)
-            margins.append(chosen - rejected)
-    return parallel.gather_rows(torch.cat(margins), len(rows)).cpu()                # (N,)
+            scores.append(torch.stack(score_pairs(model, part, end_token), dim=1))  # (b, 2)
+    return parallel.gather_rows(torch.cat(scores), len(rows)).cpu()                 # (N, 2)
 
 
 def sft_scores(model: ScalarModel, policy: GPT2, prompts: list[list[int]], cfg: RewardModelConfig,
@@ -280,7 +277,8 @@ def main(cfg: RewardModelConfig) -> dict:
                              f"step {step}")
             row.update(step=step + 1, lr=optimizer.param_groups[0]["lr"])
             if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:
-                margins = held_out_margins(model, test, cfg, tokenizer.end_token)   # (N,)
+                scores = held_out_scores(model, test, cfg, tokenizer.end_token)     # (N, 2)
+                margins = scores[:, 0] - scores[:, 1]                               # (N,)
                 training.check_finite(f"step {step}", margins=margins)
                 row["held_out_loss"] = bradley_terry_loss(margins, torch.zeros_like(margins)).item()
                 row["held_out_accuracy"] = accuracy(margins)
@@ -288,6 +286,8 @@ def main(cfg: RewardModelConfig) -> dict:
                 print(f"  step {step + 1:4d}/{total_steps}  loss {row['loss']:.3f}  held out: "
                       f"loss {row['held_out_loss']:.3f}  accuracy {row['held_out_accuracy']:.3f}  "
                       f"calibration error {row['calibration_error']:.3f}", flush=True)
+            if row["step"] == total_steps:               # for the pictures of `plots`
+                run.keep({"held_out_scores": scores[:1000].double().round(decimals=4).tolist()})
             run.log(row)
         if not run.finished:
             normalise(model, policy, prompts, cfg, tokenizer.end_token)

@@ -6,7 +6,8 @@ A reward is any function
 
 where row b holds a prompt of prompt_lengths[b] tokens and a response up to lengths[b], its end
 token included if the policy chose it. A reward model, several that vote, the gold judge of the text
-world and a rule that you write yourself are all such functions, named by one option.
+world and a rule that you write yourself are all such functions, named by one option. A function of
+your own may also pay per token: (B, T-1), column t for the action ids[t+1].
 
 Lecture: lectures/04-ppo-mathematics.md, "The reward is a function".
 """
@@ -22,6 +23,8 @@ from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import ScalarModel
 from minirlhf.tokenizer import Tokenizer
 
+VARIANCE_WEIGHT = 0.5               # of the vote "uwo"; scores have deviation 1
+
 
 def reward_folders(spec: str) -> list[str]:
     """The folders that `spec` names, one or several with commas; none for `module:function`."""
@@ -35,7 +38,14 @@ def is_function(spec: str) -> bool:
 
 
 class ModelReward:
-    """Scores by one reward model, or by several that vote."""
+    """Scores by one reward model, or by several that vote: their mean, their minimum, or "uwo".
+
+    uwo is the mean less VARIANCE_WEIGHT times the variance of the votes: where the models disagree,
+    none of them is believed.
+    Example: votes 1 and 3 give 2 by mean, 1 by min, 2 - 0.5 * 1 = 1.5 by uwo.
+    Source: Coste et al. 2023 (arXiv 2310.02743): worst-case optimisation (min) and
+    uncertainty-weighted optimisation (uwo); the weight is ours.
+    """
 
     def __init__(self, models: list[ScalarModel], how: str):
         self.models, self.how = models, how
@@ -45,18 +55,24 @@ class ModelReward:
                  tokenizer: Tokenizer) -> torch.Tensor:
         """ids (B, T), lengths (B,) -> scores (B,)."""
         votes = torch.stack([model.score(ids, lengths) for model in self.models])   # (models, B)
-        return votes.mean(dim=0) if self.how == "mean" else votes.min(dim=0).values
+        if self.how == "min":
+            return votes.min(dim=0).values                                          # (B,)
+        scores = votes.mean(dim=0)                                                  # (B,)
+        if self.how == "uwo":
+            scores = scores - VARIANCE_WEIGHT * votes.var(dim=0, unbiased=False)
+        return scores
 
 
 def load_reward(spec: str, ensemble: str, tokenizer: Tokenizer, device: str = "cpu",
                 dtype: str = "float32", option: str = "--reward"):
     """The function ids (B, T), prompt_lengths (B,), lengths (B,), tokenizer -> scores (B,).
 
+    A function that PPO is to optimise (`option` is "--reward") may also give (B, T-1), per token.
     `spec` is a reward-model folder, several (`reward_folders`), or `module:function`. Reward models
     compute on `device`, their matrix products in `dtype`.
     """
     if is_function(spec):
-        return ScoreFunction(option, spec)
+        return ScoreFunction(option, spec, per_token=option == "--reward")
     models = []
     for folder in reward_folders(spec):
         model = load_network(ScalarModel, folder).to(device).requires_grad_(False)

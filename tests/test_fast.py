@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minirlhf.engine import fast
 from minirlhf.engine.training import random_stream
 from minirlhf.generate import generate
-from minirlhf.gpt2 import GPT2, Conv1D, GPT2Config, action_logprobs, behaviour_logprobs
+from minirlhf.gpt2 import (
+    GPT2,
+    Conv1D,
+    GPT2Config,
+    ScalarModel,
+    action_logprobs,
+    behaviour_logprobs,
+)
 
 # ---- matrix products -----------------------------------------------------------------------------
 
@@ -145,9 +152,64 @@ def test_nothing_is_packed_for_one_row_a_small_network_or_another_precision():
     for model, rows in ((small, 8), (wide, 1), (GPT2(WIDE).double(), 8)):
         with fast.packed(model, model.wte.weight, rows):
             assert not fast.LAID_OUT
-    wide.dtype = "bfloat16"
-    with wide.precision(), fast.packed(wide, wide.wte.weight, 8):
-        assert not fast.LAID_OUT
+
+
+@needs_packing
+def test_in_bfloat16_the_layers_are_packed_in_it_and_the_unembedding_in_float32():
+    torch.manual_seed(0)
+    model, x = GPT2(WIDE).requires_grad_(False), torch.randn(8, WIDE.n_embd)
+    model.dtype = "bfloat16"
+    layer = model.h[0].mlp.c_fc
+    with torch.no_grad(), model.precision():
+        plain, logits = layer(x), model.logits(x)
+        with fast.packed(model, model.wte.weight, 8):
+            assert fast.LAID_OUT[id(layer.weight)].dtype == torch.bfloat16
+            packed = layer(x)
+            assert packed.dtype == plain.dtype == torch.bfloat16
+            torch.testing.assert_close(packed.float(), plain.float(), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(model.logits(x), logits, rtol=1e-5, atol=1e-5)
+
+
+# ---- padding -------------------------------------------------------------------------------------
+
+def test_groups_by_length_give_values_and_gradients_of_the_whole_batch():
+    torch.manual_seed(0)
+    model = ScalarModel(GPT2Config(50, 40, 16, 2, 2)).double()
+    lengths = torch.randint(1, 41, (70,))                                           # (B,)
+    lengths[3] = 40
+    ids = torch.randint(0, 50, (70, 40))                                            # (B, T)
+    real = torch.arange(40) < lengths[:, None]                                      # (B, T)
+    results = []
+    for numbers in (model(ids), fast.by_length(model, ids, lengths)):
+        model.zero_grad()
+        (torch.where(real, numbers, 0.0) ** 2).sum().backward()
+        results.append((numbers[real], [p.grad.clone() for p in model.parameters()]))
+    (plain, gradients), (grouped, same) = results
+    torch.testing.assert_close(grouped, plain)
+    for ours, theirs in zip(same, gradients):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows, passes", [(31, [(31, 9)]), (32, [(16, 2), (16, 9)])])
+def test_a_small_batch_is_one_group_and_a_group_is_as_wide_as_its_longest(rows, passes):
+    seen, lengths = [], torch.tensor([9] * 16 + [2] * (rows - 16))
+
+    def network(ids):
+        seen.append(tuple(ids.shape))
+        return ids.float()
+
+    ids = torch.randint(0, 9, (rows, 9))
+    numbers = fast.by_length(network, ids, lengths)
+    assert seen == passes and numbers.shape == ids.shape
+    last = (lengths - 1)[:, None]
+    assert torch.equal(numbers.gather(1, last), ids.gather(1, last).float())
+
+
+def test_a_run_says_once_which_products_its_large_networks_take():
+    assert fast.describe_products(GPT2(GPT2Config(11, 16, 12, 1, 3))) == ""
+    sentence = fast.describe_products(GPT2(WIDE))
+    assert {"onednn": "oneDNN's", "stock": "PyTorch's own"}[fast.PRODUCTS] in sentence
+    assert "MINIRLHF_PRODUCTS" in sentence
 
 
 @needs_packing

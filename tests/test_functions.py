@@ -150,6 +150,22 @@ def test_scores_become_float32_one_for_each_row():
     assert score("right").tolist() == [3.0, 2.0] and score("right").dtype == torch.float32
 
 
+def a_score_per_token(ids, prompt_lengths, lengths, tokenizer):
+    return ids[:, 1:].clone()
+
+
+def test_a_score_per_token_is_for_whoever_allows_it():
+    spec, arguments = f"{__name__}:a_score_per_token", (IDS, PROMPT_LENGTHS, LENGTHS, None)
+    assert ScoreFunction("--reward", spec, per_token=True)(*arguments).tolist() == [
+        [5, 6, 9], [7, 9, 9]]
+    words = r"--judge .*ed \(2, 3\), expected a tensor of shape \(2,\): one score per response$"
+    with pytest.raises(ValueError, match=words):
+        ScoreFunction("--judge", spec)(*arguments)
+    words = r"returned \(2, 1\), .* \(2,\): one score per response, or \(2, 3\): one per token$"
+    with pytest.raises(ValueError, match=words):
+        ScoreFunction("--reward", f"{__name__}:a_column", per_token=True)(*arguments)
+
+
 @pytest.mark.parametrize("name, found", [
     ("a_scalar", r"returned \(\)"), ("a_column", r"returned \(2, 1\)"), ("a_list", "returned list"),
     ("nothing", "returned NoneType"), ("one_too_many", r"returned \(3,\)")])

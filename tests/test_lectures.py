@@ -5,12 +5,16 @@ section titles exist, and each metric has its sentence.
 """
 
 import contextlib
+import csv
+import dataclasses
 import importlib.util
 import io
 import json
 import os
 import pdb
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -18,11 +22,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_launch import config_of
 
 from lectures import quotes
-from minirlhf import ppo_report
+from minirlhf import ppo, ppo_report, reward_model, sft
+from minirlhf.diagnose.__main__ import DiagnoseConfig
+from minirlhf.diagnose.__main__ import main as diagnose
+from minirlhf.engine.options import parse_config
+from minirlhf.exercises.__main__ import EXERCISES
 from minirlhf.files.pretrained import save_network
 from minirlhf.gpt2 import GPT2, GPT2Config, ScalarModel
+from minirlhf.museum.effect import differs, read_effects
+from minirlhf.museum.exhibits import EXHIBITS
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.world import demonstrations
 
@@ -30,21 +41,32 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted((REPOSITORY / "lectures").glob("*.md"))
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
 NAMES = [name for name in TEXT if name[0].isdigit()]     # lectures; the other pages hold results
-TITLES_WITHOUT_TOUR = {"Sources"}
+FRAMED = ("00-map.md", "01-gpt2.md", "02-sft.md", "03-reward-model.md",      # with questions etc.
+          "04-ppo-mathematics.md", "05-ppo-the-run.md", "06-what-goes-wrong.md",
+          "07-does-it-work.md", "08-scale-and-history.md")
+TITLES_WITHOUT_TOUR = {"Sources", "Notation", "What to take away", "Test yourself",
+                       "Exercises", "What comes next",
+                       "The lecture notes this project began from"}
 
-# what makes a tour quick: the same command with small numbers; a tour's own options come last
+# what makes a tour quick: the same command with small numbers; a tour's own options come last.
+# Tours of SFT start from the shipped base model with the reader's own numbers, so they need none
 SMALL = {
     "minirlhf.generate": ["--max_new_tokens", "8"],
     "minirlhf.pretrain": ["--characters", "20000", "--vocab_size", "300", "--n_embd", "16",
                           "--n_layer", "1", "--n_head", "2", "--context", "32", "--steps", "2"],
-    "minirlhf.sft": ["--examples", "40", "--held_out", "8", "--batch_size", "8", "--epochs", "1",
-                     "--max_new_tokens", "8"],
-    "minirlhf.reward_model": ["--data", "comparisons.jsonl", "--held_out", "8", "--batch_size", "8",
-                              "--norm_samples", "8", "--max_new_tokens", "8"],
-    "minirlhf.ppo": ["--prompt_count", "40", "--batch_size", "8", "--minibatch_size", "4",
-                     "--iterations", "2", "--max_new_tokens", "8"],
+    "minirlhf.sft": [],
+    "minirlhf.reward_model": ["--data", "comparisons.jsonl", "--norm_samples", "8",
+                              "--max_new_tokens", "8"],
+    "minirlhf.ppo": ["--prompt_count", "100", "--iterations", "2", "--max_new_tokens", "8"],
     "minirlhf.evaluate": ["--prompt_count", "8", "--answers", "2", "--max_new_tokens", "8"],
+    "minirlhf.siblings.groups": ["--prompt_count", "40", "--batch_size", "8", "--minibatch_size",
+                                 "4", "--iterations", "2", "--max_new_tokens", "8"],
+    "minirlhf.siblings.dpo": ["--data", "comparisons.jsonl", "--held_out", "8", "--batch_size",
+                              "8"],
+    "minirlhf.siblings.rejection": ["--prompt_count", "40", "--prompts_per_round", "16",
+                                    "--rounds", "1", "--batch_size", "4"],
     "minirlhf.experiments.reviews": [],
+    "minirlhf.label": ["--max_new_tokens", "8"],
 }
 
 
@@ -57,27 +79,32 @@ pdb_works = pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0),
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Path:
-    """A folder with random one-layer checkpoints under the default names, and small data files."""
+    """A folder with the shipped base model, random one-layer checkpoints under the names of the
+    stages, and small data files."""
     folder = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(REPOSITORY / "checkpoints" / "tiny", folder / "checkpoints" / "tiny")
+    make_stages(folder)
+    return folder
+
+
+def make_stages(folder: Path) -> None:
+    """What `python -m minirlhf` leaves in `folder`, with random networks; and small data files."""
     tokenizer = Tokenizer([])                            # bytes only
     torch.manual_seed(0)
     policy = GPT2(GPT2Config(tokenizer.vocab_size, 192, 16, 1, 2))
     reward_model = ScalarModel(policy.config)
-    for name, command, model in (("tiny", "", policy), ("sft", "SFT", policy),
-                                 ("ppo", "PPO", policy),
+    for name, command, model in (("sft", "SFT", policy), ("ppo", "PPO", policy),
                                  ("reward_model", "RewardModel", reward_model)):
         tokenizer.save(str(folder / "checkpoints" / name))
         save_network(model, str(folder / "checkpoints" / name))
-        if command:                                      # a later run may write there
-            run = {"command": command, "finished": True}
-            (folder / "checkpoints" / name / "run.json").write_text(json.dumps(run))
+        run = {"command": command, "finished": True}     # a later run may write there
+        (folder / "checkpoints" / name / "run.json").write_text(json.dumps(run))
     rows = [{"prompt": row["prompt"], "chosen": row["response"] + " Enjoy!", "rejected": "No."}
-            for row in demonstrations(40, 0)]
+            for row in demonstrations(100, 0)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "comparisons.jsonl").write_text(lines, encoding="utf-8")
     ratings = "1\t2.5\tA fine film.\n2\t-3.0\tA dull film.\n"
     (folder / "movieReviewSnippets_GroundTruth.txt").write_text(ratings, encoding="utf-8")
-    return folder
 
 
 def read_tour(text: str) -> tuple[str, list[str], list[tuple[str, str]]]:
@@ -115,6 +142,8 @@ def compare(steps: list[tuple[str, str]], printed: str) -> None:
 def run_under_debugger(module: str, options: list[str], commands: list[str]) -> str:
     """What `python -m pdb -m module options` prints for these commands, without a new process."""
     spec = importlib.util.find_spec(module)
+    if spec.submodule_search_locations is not None:      # of a package its __main__ runs
+        spec = importlib.util.find_spec(f"{module}.__main__")
     source = Path(spec.origin).read_text(encoding="utf-8")
     main_module = types.ModuleType("__main__")
     main_module.__file__ = spec.origin
@@ -190,6 +219,101 @@ def test_the_tool_keeps_a_quote_whose_source_is_gone_and_rewrites_the_others():
     assert len(broken) == 1 and "line 1" in broken[0] and "no_such_name" in broken[0]
 
 
+@pytest.mark.parametrize("name", TEXT)
+def test_what_the_laboratory_measured_is_told_as_it_is_stored(name):
+    assert quotes.renew_results(TEXT[name])[1] == [], "python lectures/quotes.py --fix"
+
+
+def test_the_tool_tells_a_result_renews_it_and_takes_it_away(tmp_path):
+    figure = {"mean": 2.0, "low": 1.5, "high": 2.5, "values": [2.0]}
+    result = {"command": "python -m minirlhf.lab x --seeds 4", "seeds": 4, "claim": "So it is.",
+              "verdict": "shown", "figures": ["gold"], "arms": {"a": {"gold": figure}},
+              "findings": [{"word": "shown", "claim": "a > 1", "mean": 1, "low": 0.5, "high": 1.5}]}
+    page = "Text.\n\n<!-- lab: x -->\n\nMore.\n\n<!-- verdict: x -->\n<!-- lab: y -->\n"
+    assert quotes.renew_results(page, tmp_path) == (page, [])
+    (tmp_path / "x.json").write_text(json.dumps(result), encoding="utf-8")
+    told, changes = quotes.renew_results(page, tmp_path)
+    assert len(changes) == 2 and quotes.renew_results(told, tmp_path) == (told, [])
+    assert "| a | 2.00 [1.50, 2.50] |\n" in told and told.count("**shown**") == 2
+    assert "- shown: a > 1 (difference +1.00 [+0.50, +1.50])\n" in told
+    (tmp_path / "x.json").unlink()
+    assert quotes.renew_results(told, tmp_path)[0] == page
+
+
+# ---- figures of runs -----------------------------------------------------------------------------
+
+FIGURE = re.compile(r"([-+]?[\d,]*\.?\d+)( %)?<!-- ([\w./]+\.json) ([^ ]+?)(:min|:max)? -->")
+
+
+def figures_at(thing, path: str) -> list[float]:
+    """The numbers at a path like reports/*/gold in a stored result; of a list, all."""
+    things = [thing]
+    for part in path.split("/"):
+        if part == "*":
+            things = [one for thing in things
+                      for one in (thing.values() if isinstance(thing, dict) else thing)]
+        else:
+            things = [thing[int(part) if isinstance(thing, list) else part] for thing in things]
+    return [number for one in things for number in (one if isinstance(one, list) else [one])]
+
+
+def wrong_figures(text: str) -> list[str]:
+    """The figures in a text that are not, as far as they are printed, those of their marks."""
+    wrong = []
+    for printed, percent, file, path, which in FIGURE.findall(text):
+        stored = json.loads((REPOSITORY / "lectures" / "results" / file).read_text("utf-8"))
+        numbers = figures_at(stored, path)
+        value = {":min": min, ":max": max}.get(which, lambda x: sum(x) / len(x))(numbers)
+        value *= 100 if percent else 1
+        digits = len(printed.partition(".")[2])
+        if f"{value:,.{digits}f}" != printed:
+            wrong.append(f"{printed}{percent}: {file} has {value} at {path}{which}")
+    return wrong
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_figure_with_a_mark_is_that_of_the_stored_result(name):
+    assert wrong_figures(TEXT[name]) == []
+
+
+def test_a_figure_that_is_not_the_stored_one_is_noticed():
+    mark = "<!-- museum.json effects/pad_mask/right/sampled_end_rate -->"
+    assert wrong_figures(f"in 99 %{mark} and in 0.99{mark}") == []
+    assert len(wrong_figures(f"in 98 %{mark} and in 0.98{mark}")) == 2
+
+
+def test_how_many_mistakes_show_in_no_curve_is_what_the_museum_measured():
+    effects = read_effects(str(REPOSITORY / "lectures" / "results" / "museum.json"))
+    hidden = [name for name, effect in effects.items()
+              if not any(differs(right, effect["wrong"][figure])
+                         for figure, right in effect["right"].items())]
+    assert len(effects) == len(EXHIBITS)
+    assert f"{len(hidden)} of the {len(effects)} show in no curve" in TEXT["06-what-goes-wrong.md"]
+    assert f"{len(effects)} of {len(effects)}; in {len(hidden)} of them" in TEXT["reliability.md"]
+
+
+def test_the_table_of_bugs_has_every_exhibit_of_the_museum():
+    section = TEXT["06-what-goes-wrong.md"].split("| exhibit | bug |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.M)
+    assert sorted(rows) == sorted(exhibit.name for exhibit in EXHIBITS)
+
+
+def test_the_curves_of_the_hacked_run_are_those_of_the_stored_runs():
+    section = TEXT["06-what-goes-wrong.md"].split("| iteration | 0 | 6 |")[1].split("\n\n")[0]
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]]
+            for line in section.splitlines()[2:]]
+    iterations = (0, 6, 12, 24, 36, 48, 59)
+    assert len(rows) == 6
+    for row, (file, column, digits) in zip(rows, [
+            (file, column, digits) for file in ("hacked.csv", "healthy.csv")
+            for column, digits in (("score", 1), ("gold", 1), ("kl_ref", 0))]):
+        with open(REPOSITORY / "lectures" / "results" / file, encoding="utf-8") as lines:
+            stored = list(csv.DictReader(lines))
+        expected = [f"{float(stored[i][column]):.{digits}f}" if i < len(stored) else ""
+                    for i in iterations]
+        assert row[1:] == expected, (file, column)
+
+
 # ---- code blocks and tours -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", NAMES)
@@ -223,6 +347,40 @@ def test_debugger_tours_print_what_the_lecture_says(name, workshop, monkeypatch)
                 compare(steps, printed)
             except AssertionError as error:
                 raise AssertionError(f"{name}, line {block.line}: {error}") from None
+
+
+@pdb_works
+@pytest.mark.slow
+def test_all_tours_work_one_after_another_in_one_folder_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(REPOSITORY / "checkpoints" / "tiny", tmp_path / "checkpoints" / "tiny")
+    has_run = False                                      # as in a fresh clone
+    for name in NAMES:
+        for block in quotes.read_blocks(TEXT[name]):
+            if block.language == "pdb":
+                module, options, steps = read_tour(block.text)
+                assert module in ("minirlhf.generate", "minirlhf.evaluate",
+                                  "minirlhf.experiments.reviews") or options[-2:] == \
+                    ["--out", f"checkpoints/tour/{module.rpartition('.')[2]}"], block.text
+                printed = run_under_debugger(module, SMALL[module] + options,
+                                             [command for command, _ in steps])
+                compare(steps, printed)
+            elif block.text == "python -m minirlhf\n" and not has_run:
+                make_stages(tmp_path)
+                has_run = True
+                before = contents(tmp_path)
+    assert has_run and contents(tmp_path) == before
+    sft.main(sft.SFTConfig(examples=40, held_out=8, epochs=1, max_new_tokens=8))
+    reward_model.main(reward_model.RewardModelConfig(data="comparisons.jsonl", held_out=8,
+                                                     norm_samples=8, max_new_tokens=8))
+    ppo.main(ppo.PPOConfig(prompt_count=100, iterations=1, max_new_tokens=8))
+    assert diagnose(DiagnoseConfig(run="checkpoints/ppo")) is not None
+
+
+def contents(folder: Path) -> list[str]:
+    """The files in a folder, at any depth, outside the tours' own scratch folder."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in names if not name.startswith("checkpoints/tour/"))
 
 
 @pdb_works
@@ -269,7 +427,56 @@ def test_every_section_ends_with_a_stop(name):
             last = quotes.read_blocks(section)[-1:]
             assert "**Stop here.**" in section, f"{name}: {title} has no **Stop here.**"
             assert last and last[0].language == "pdb", f"{name}: {title} does not end in a tour"
-            assert section.rstrip().endswith("```"), f"{name}: text after the tour of {title}"
+            end = section.rstrip().splitlines()[-1]
+            assert end in ("```", "</details>"), f"{name}: text after the tour of {title}"
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_a_stop_asks_for_a_number_before_it_shows_it(name):
+    stops = TEXT[name].split("**Stop here.**")[1:]
+    for stop in stops:
+        question, _, rest = stop.partition("Your guess")
+        where = f"{name}: {question.strip()[:60]}"
+        assert "?" in question and "____" in rest.splitlines()[0], where
+        folded = rest.partition("<details>\n<summary>Look</summary>\n")[2].split("</details>")[0]
+        (tour,) = quotes.read_blocks(folded)
+        answers = "".join(expected for _, expected in read_tour(tour.text)[2])
+        assert re.search(r"\d", answers), f"{where}: no number"
+        assert "True" not in answers or re.search(r"\(.*\d.*\)|\d\n", answers), where
+        assert len(folded[tour.start + len(tour.text):].split()) > 5, f"{where}: no reason"
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_a_lecture_names_its_exercises(name):
+    section = TEXT[name].split("## Exercises\n")[1].split("\n## ")[0]
+    ours = {exercise.name for exercise in EXERCISES if exercise.lecture == int(name[:2])}
+    assert set(re.findall(r"`(\w+)`", section)) == ours
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_a_lecture_has_its_frame(name):
+    text = TEXT[name]
+    for words in ("**After this lecture you can**", "**Time:**", "**You need:**",
+                  "## What to take away\n", "## Test yourself\n", "## What comes next\n"):
+        assert text.count(words) == 1, f"{name}: {words}"
+    questions, answers = text.split("## Test yourself\n")[1].split("\n## ")[0].split("<details>")
+    assert answers.startswith("\n<summary>Answers</summary>")
+    for part in (questions, answers):
+        assert re.findall(r"^(\d)\. ", part, re.M) == ["1", "2", "3", "4", "5"], name
+
+
+COMMAND = re.compile(r"^(?:torchrun \S+ -m|python -m) (minirlhf[\w.]*)(.*)$", re.M)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_the_commands_of_a_page_have_options_that_exist(name):
+    for block in quotes.read_blocks(TEXT[name]):
+        text = block.text.replace("\\\n", " ").replace("cuda", "cpu")
+        for module, rest in COMMAND.findall(text if block.language in ("text", "bash") else ""):
+            words = shlex.split(rest, comments=True)
+            if words and not words[0].startswith("-"):
+                words = words[1:]                        # a folder or a name: a first argument
+            parse_config(config_of(module), words)
 
 
 # ---- links, section titles, metrics, words -------------------------------------------------------
@@ -317,10 +524,29 @@ def test_every_metric_of_ppo_has_its_sentence():
         assert sentence.endswith("."), f"{metric}: {sentence}"
 
 
+def test_the_glossary_has_every_metric_and_every_name_and_option_that_a_lecture_uses():
+    rows = re.findall(r"^\| ([^|]+) \|", TEXT["glossary.md"], re.M)
+    entries = {word for row in rows for word in re.findall(r"`(\w+)`", row)}
+    metrics = {*sft.METRICS, *reward_model.METRICS, *ppo_report.METRICS}
+    assert metrics <= entries
+    names = [field.name for thing in (ppo.Rollout, sft.SFTConfig, reward_model.RewardModelConfig,
+                                      ppo.PPOConfig) for field in dataclasses.fields(thing)]
+    lectures = "".join(TEXT[name] for name in NAMES)
+    used = {name for name in names if re.search(rf"`(?:--)?{name}[` ]|--{name}\b", lectures)}
+    assert len(used) > 30 and used <= entries, used - entries
+
+
+def test_the_words_of_the_glossary_are_in_order_and_none_is_there_twice():
+    words = TEXT["glossary.md"].split("## Words\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| ", words, re.M)[1:]
+    assert len(set(rows)) == len(rows) > 80 and rows == sorted(rows, key=str.lower)
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_lectures_use_the_words_of_the_code(name):
+    text = TEXT[name].replace("*query*", "")             # attention's
     other_words = r"\b(completions?|quer(?:y|ies)|actors?|y_w|y_l|approx_kl|log_probs|logp)\b"
-    assert re.findall(other_words, TEXT[name], re.I) == [], ("the code says response, prompt, "
+    assert re.findall(other_words, text, re.I) == [], ("the code says response, prompt, "
                                                              "policy, chosen, rejected, kl_old, "
                                                              "logprobs")
 

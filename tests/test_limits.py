@@ -40,6 +40,7 @@ from minirlhf.data import (
 )
 from minirlhf.engine.metrics import read_metrics
 from minirlhf.engine.options import describe_error
+from minirlhf.engine.output import PART_FILES
 from minirlhf.engine.state import read_state
 from minirlhf.engine.training import batch_order, random_stream
 from minirlhf.files.pretrained import load_network, save_network
@@ -324,10 +325,13 @@ def test_a_long_run_keeps_its_memory(tmp_path, critic):
     seen.clear()
     cfg = ppo_config(reward="test_limits:watching_reward", critic=critic, iterations=ITERATIONS,
                      batch_size=4, out=str(tmp_path / "out"), save_every=max(8, ITERATIONS // 20),
+                     sample_every=10**6,
                      prompts="helpers:equal_prompts", kl_target=1.0, kl_horizon=1000.0)
     start = time.perf_counter()
     assert all_finite(quietly(ppo.main, cfg))
-    seen.pop(0)                                          # a trial, before anything is computed
+    # a trial, before anything is computed; and the answers that are kept of the first iteration and
+    # of the last, which come after the rollout
+    del seen[-1], seen[2], seen[0]
     assert len(seen) == ITERATIONS and len(read_metrics(cfg.out)) == ITERATIONS
     early, late = seen[ITERATIONS // 5], seen[-1]
     grown = (late[0] - early[0]) / MEBIBYTE
@@ -354,22 +358,23 @@ def filling_reward(ids, prompt_lengths, lengths, tokenizer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("limit, words", [(50_000, "training_state.safetensors was not written"),
-                                          (100, r"(metrics.csv|samples.txt).part could not be")])
+                                          (100, r"(metrics.csv|samples.txt|kept.jsonl).part")])
 def test_a_disk_that_fills_up_loses_nothing_and_the_run_goes_on_later(tmp_path, limit, words):
     options = {"reward": "test_limits:filling_reward", "iterations": 4, "save_every": 1,
                "out": str(tmp_path / "out")}
-    full.update(calls=0, **{"from": 4}, limit=limit)     # the first call is a trial
+    full.update(calls=0, **{"from": 5}, limit=limit)     # a trial, iteration 0, its kept answers, 1
     with limited_file_size(1 << 40):                     # whatever happens, the limit is put back
         with pytest.raises(OSError, match=words) as caught:
             quietly(ppo.main, ppo_config(**options))
     assert "free some space" in describe_error(caught.value)
     left = set(os.listdir(tmp_path / "out"))
-    assert left == {".lock", "metrics.csv.part", "samples.txt.part", "training_state.safetensors"}
+    assert left == {".lock", *PART_FILES, "training_state.safetensors"}
     state, _ = read_state(str(tmp_path / "out" / "training_state.safetensors"))
     assert state["step"] == 2
     full.update({"from": 0})
     quietly(ppo.main, ppo_config(resume=True, **options))
     whole = quietly(ppo.main, ppo_config(**{**options, "out": str(tmp_path / "whole")}))
-    for name in ("metrics.csv", "samples.txt", "model.safetensors", "critic/model.safetensors"):
+    for name in ("metrics.csv", "samples.txt", "kept.jsonl", "model.safetensors",
+                 "critic/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert all_finite(whole)

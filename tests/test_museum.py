@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,10 +95,10 @@ def test_every_label_names_a_test_that_exists():
 
 def test_a_wrong_twin_takes_what_the_right_function_takes_and_marks_its_wrong_line():
     for exhibit in EXHIBITS:
-        wrong = list(inspect.signature(exhibit.wrong).parameters)
         for owner, attribute in exhibit.places:
+            wrong = list(inspect.signature(exhibit.wrong).parameters)
             right = list(inspect.signature(getattr(owner, attribute)).parameters)
-            if wrong[-1] == "options":                   # it hands the rest on to the right one
+            if "options" in wrong:                       # it hands the rest on to the right one
                 wrong = [name for name in wrong if name not in ("arguments", "options")]
                 right = [name for name in right if name in wrong]
             assert wrong == right, exhibit.name
@@ -112,6 +113,8 @@ def test_every_mistake_is_one_sentence_on_one_line():
 def test_an_exhibit_that_does_not_exist_is_refused_with_the_names():
     with pytest.raises(ValueError, match="no exhibit 'nothing', expected one of temperature, "):
         MuseumConfig(show="nothing")
+    with pytest.raises(ValueError, match="no exhibit 'nothing'"):
+        MuseumConfig(run="late_score,nothing")
 
 
 def test_a_substitution_ends_with_the_block_also_after_an_error():
@@ -185,8 +188,11 @@ def test_a_mistake_is_measured_beside_the_run_without_it(monkeypatch, tmp_path, 
     assert found["right"] != found["wrong"] and "sampled from another" in found["stopped"]
     assert "Our checks stop this run" in capsys.readouterr().out
     assert (tmp_path / "out" / "temperature.png").stat().st_size > 10_000
-    loud, _ = effect.measure(find("inverted_k3"), 1, cfg.stages, {})
+    loud = main(replace(cfg, run="old_minus_new,inverted_k3", seeds=1))["inverted_k3"]
     assert loud["stopped"] == "" and loud["wrong"]["kl_old"] != loud["right"]["kl_old"]
+    stored = read_json(str(tmp_path / "out" / "museum.json"))["effects"]
+    assert list(stored) == ["temperature", "inverted_k3", "old_minus_new"]      # in their order
+    assert stored["temperature"] == found
 
 
 def test_missing_stages_are_refused_with_the_command_that_makes_them(tmp_path):

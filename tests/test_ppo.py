@@ -19,6 +19,7 @@ from helpers import (
     save_folder,
     sft_folder,
     share_of_red,
+    torchrun,
     toy_model,
     toy_tokenizer,
     weights_equal,
@@ -46,7 +47,7 @@ from minirlhf.ppo import (
     update,
     value_loss,
 )
-from minirlhf.ppo_report import TOLERANCE
+from minirlhf.ppo_report import TOLERANCE, totals
 from minirlhf.rewards import adapt_kl_coef, load_reward
 from minirlhf.tokenizer import Tokenizer
 
@@ -89,6 +90,26 @@ def test_without_a_coefficient_the_reward_is_the_score_alone():
     mask = ragged_masks(0)
     rewards = shaped_rewards(torch.ones(6), torch.randn(mask.shape), mask, 0.0)
     assert (rewards != 0).sum(dim=1).tolist() == [1] * 6 and rewards.sum() == 6
+
+
+def test_scores_per_token_are_paid_where_they_stand_and_never_outside_the_mask():
+    mask = torch.tensor([[False, True, True, True, False]])
+    scores = torch.tensor([[math.nan, 0.5, 0.0, 2.0, math.inf]])
+    kl_ref = torch.tensor([[0.0, 0.1, 0.2, -0.3, 0.0]])
+    rewards = shaped_rewards(scores, kl_ref, mask, 0.1)
+    assert rewards.tolist() == [pytest.approx([0, 0.49, -0.02, 2.03, 0])]
+    assert totals(scores, mask).tolist() == [2.5]
+
+
+def test_zeros_with_the_score_at_the_last_action_are_the_score():
+    mask = ragged_masks(5)
+    scores, kl_ref = torch.randn(6), torch.randn(mask.shape)
+    placed = torch.zeros(mask.shape)
+    for b in range(6):
+        placed[b, mask[b].nonzero().max()] = scores[b]
+    assert torch.equal(shaped_rewards(placed, kl_ref, mask, 0.1),
+                       shaped_rewards(scores, kl_ref, mask, 0.1))
+    assert torch.equal(totals(placed, mask), scores) and totals(scores, mask) is scores
 
 
 # ---- GAE -----------------------------------------------------------------------------------------
@@ -432,6 +453,45 @@ def test_the_missing_end_penalty_is_for_rows_that_did_not_end():
     assert (limit & free.ended).any()                    # ended with the last token: no penalty
 
 
+def red_per_token(ids, prompt_lengths, lengths, tokenizer) -> torch.Tensor:
+    """1 for every word red of a response, and numbers elsewhere that must not count."""
+    (red,) = tokenizer.encode(" red")
+    return (ids[:, 1:] == red).float() + 100 * ~response_mask(prompt_lengths, lengths, ids.shape[1])
+
+
+def score_at_the_end(ids, prompt_lengths, lengths, tokenizer) -> torch.Tensor:
+    """`share_of_red` as a reward per token."""
+    scores = torch.zeros(ids.shape[0], ids.shape[1] - 1)
+    scores[torch.arange(len(ids)), lengths - 2] = share_of_red(ids, prompt_lengths, lengths,
+                                                               tokenizer)
+    return scores
+
+
+def test_a_reward_per_token_is_paid_at_its_token_and_the_last_one_pays_the_missing_end():
+    cfg = ppo_config(batch_size=32, max_new_tokens=4, missing_end_penalty=3.0)
+    networks, ref_policy = make_networks(cfg)
+    batch = rollout(networks, ref_policy, red_per_token, toy_tokenizer(), ragged_prompts(32), cfg,
+                    0.02, 0)
+    (red,) = toy_tokenizer().encode(" red")
+    assert batch.ended.any() and not batch.ended.all() and batch.scores.shape == (32,)
+    for b in range(32):
+        response = batch.ids[b, batch.prompt_lengths[b]:batch.lengths[b]]
+        expected = (response == red).float()
+        expected[-1] -= 3.0 * (not batch.ended[b])
+        rewards = batch.rewards[b] + 0.02 * batch.kl_ref[b]
+        assert rewards[batch.response_mask[b]].tolist() == pytest.approx(expected.tolist())
+        assert (batch.rewards[b][~batch.response_mask[b]] == 0).all()
+        assert batch.scores[b].item() == pytest.approx(expected.sum().item())
+
+
+def test_a_run_with_the_score_placed_by_the_reward_is_the_same_run(tmp_path):
+    folders = [str(tmp_path / name) for name in ("placed", "plain")]
+    for folder, reward in zip(folders, (f"{__name__}:score_at_the_end", "helpers:share_of_red")):
+        quietly(ppo.main, ppo_config(out=folder, reward=reward, max_new_tokens=4, iterations=3))
+    assert weights_equal(*[load_network(GPT2, folder) for folder in folders])
+    assert metrics_without_time(folders[0]) == metrics_without_time(folders[1])
+
+
 def test_the_first_values_are_0_and_a_separate_critic_has_the_reward_models_trunk():
     for critic in CRITICS:
         networks, _, batch = fresh_rollout(ppo_config(critic=critic, reward=reward_folder()))
@@ -733,6 +793,63 @@ def test_without_a_target_the_coefficient_stays(tmp_path):
     assert {row["kl_coef"] for row in read_metrics(str(tmp_path))} == {0.02}
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_in_its_warm_up_only_the_critic_learns(tmp_path, monkeypatch, critic):
+    """A shared critic is then its head alone: the trunk is the policy's."""
+    before, after, original = [], [], ppo.update
+
+    def noted(networks, *rest):
+        before.append(copy.deepcopy(networks))
+        metrics = original(networks, *rest)
+        after.append(copy.deepcopy(networks))
+        return metrics
+
+    monkeypatch.setattr(ppo, "update", noted)
+    quietly(ppo.main, ppo_config(out=str(tmp_path), critic=critic, iterations=4, critic_warmup=2))
+    for iteration, (one, other) in enumerate(zip(before, after)):
+        warm = iteration < 2
+        assert weights_equal(one.policy, other.policy) == warm
+        assert not torch.equal(one.critic.score_head.weight, other.critic.score_head.weight)
+        if critic == "separate":
+            assert not weights_equal(one.critic.transformer, other.critic.transformer)
+    rows = read_metrics(str(tmp_path))
+    assert [abs(row["kl_ref"]) < 1e-5 for row in rows] == [True, True, True, False]
+    assert [row["kl_old"] < 1e-9 for row in rows] == [True, True, False, False]
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_a_run_that_stops_during_or_after_the_warm_up_goes_on_bit_for_bit(
+        tmp_path, monkeypatch, critic, save_every):
+    options = {"critic": critic, "iterations": 5, "critic_warmup": 2, "save_every": save_every}
+    whole, stopped = str(tmp_path / "whole"), str(tmp_path / "stopped")
+    quietly(ppo.main, ppo_config(out=whole, **options))
+    original = ppo.rollout
+
+    def interrupted(*arguments):
+        if arguments[-1] == save_every:                  # an iteration of the warm-up, or after it
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "rollout", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(ppo.main, ppo_config(out=stopped, **options))
+    quietly(ppo.main, ppo_config(out=stopped, resume=True, **options))
+    assert weights_equal(*[load_network(GPT2, folder) for folder in (whole, stopped)])
+    assert metrics_without_time(whole) == metrics_without_time(stopped)
+
+
+def test_two_processes_that_warm_up_their_critic_equal_one(tmp_path):
+    cfg = ppo_config(out=str(tmp_path / "one"), critic_warmup=2, iterations=4)
+    quietly(ppo.main, cfg)
+    torchrun("ppo", dataclasses.replace(cfg, out=str(tmp_path / "two")))
+    one, two = [load_network(GPT2, str(tmp_path / name)) for name in ("one", "two")]
+    for first, second in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(first, second, rtol=0, atol=2e-4)
+
+
 EDGES = {
     "one prompt at a time": {"batch_size": 1, "minibatch_size": 1},
     "one token, one prompt": {"batch_size": 1, "minibatch_size": 1, "max_new_tokens": 1},
@@ -744,6 +861,7 @@ EDGES = {
     "no clip range": {"cliprange": 0.0, "cliprange_value": 0.0},
     "gamma and lam 0": {"gamma": 0.0, "lam": 0.0},
     "no warm-up": {"warmup_iterations": 0, "iterations": 1},
+    "warm-up only": {"critic_warmup": 9, "ent_coef": 0.1},
     "low temperature": {"temperature": 0.05},
     "high temperature": {"temperature": 20.0}}
 

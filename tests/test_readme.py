@@ -138,9 +138,8 @@ def test_the_rates_of_the_diagnosis_are_those_of_the_stored_check():
 def test_figures_that_the_readme_repeats_are_those_of_its_pages():
     short = " ".join(read("README.md").split())
     for figure, page in (("90 kill", "reliability"), ("304,700 ", "reliability"),
-                         ("10,605 ", "real-input"), ("1.57", "real-input"), ("-0.02", "real-input"),
-                         ("2.3", "06-what-goes-wrong"), ("-0.2", "06-what-goes-wrong"),
-                         ("1.3", "06-what-goes-wrong")):
+                         ("10,605 ", "real-input"), ("1.57", "real-input"),
+                         ("-0.02", "real-input")):
         assert figure in short and figure in read(f"lectures/{page}.md"), figure
 
 

@@ -33,7 +33,7 @@ from minirlhf.reward_model import (
     calibration_error,
     collect,
     fold_normalisation,
-    held_out_margins,
+    held_out_scores,
     score_pairs,
     sft_scores,
     split_by_prompt,
@@ -55,6 +55,11 @@ def ragged_pairs(count: int = 7) -> list[Comparison]:
                                 encode_response(tokenizer, "red " * (1 + i % 4)),
                                 encode_response(tokenizer, "blue " * (1 + i % 3))))
     return pairs
+
+
+def held_out_margins(*arguments) -> torch.Tensor:
+    scores = held_out_scores(*arguments)
+    return scores[:, 0] - scores[:, 1]
 
 
 def slow_score(model: ScalarModel, ids: list[int]) -> float:

@@ -16,22 +16,49 @@ from rollouts import fresh_rollout
 from minirlhf import ppo
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import ScalarModel
-from minirlhf.rewards import adapt_kl_coef, is_function, load_gold, load_reward, try_once
+from minirlhf.rewards import (
+    ModelReward,
+    adapt_kl_coef,
+    is_function,
+    load_gold,
+    load_reward,
+    try_once,
+)
 
 END = toy_tokenizer().end_token
 
 
 # ---- reward models -------------------------------------------------------------------------------
 
-def test_ensembles_take_the_mean_or_the_minimum(tmp_path):
+def test_ensembles_take_the_mean_the_minimum_or_the_mean_less_the_variance(tmp_path):
     folders = [random_reward_folder(str(tmp_path / str(seed)), seed) for seed in range(3)]
     ids, lengths = torch.randint(END, (5, 8)), torch.tensor([8, 3, 5, 8, 4])
     with torch.no_grad():
         votes = torch.stack([load_network(ScalarModel, folder).score(ids, lengths)
                              for folder in folders])                                # (3, 5)
-        for how, expected in (("mean", votes.mean(dim=0)), ("min", votes.amin(dim=0))):
+        doubt = ((votes - votes.mean(dim=0)) ** 2).mean(dim=0)                      # (5,)
+        for how, expected in (("mean", votes.mean(dim=0)), ("min", votes.amin(dim=0)),
+                              ("uwo", votes.mean(dim=0) - 0.5 * doubt)):
             reward = load_reward(",".join(folders), how, toy_tokenizer())
             torch.testing.assert_close(reward(ids, None, lengths, toy_tokenizer()), expected)
+
+
+class Vote:
+    """Stands for a reward model that says the same of every response."""
+
+    def __init__(self, vote: float):
+        self.vote = vote
+
+    def score(self, ids, lengths) -> torch.Tensor:
+        return torch.full((len(ids),), self.vote)
+
+
+@pytest.mark.parametrize("how, score", [("mean", 2.0), ("min", 1.0), ("uwo", 1.5)])
+def test_votes_of_1_and_3_by_hand(how, score):
+    reward = ModelReward.__new__(ModelReward)            # without the fingerprint of networks
+    reward.models, reward.how = [Vote(1.0), Vote(3.0)], how
+    ids, lengths = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
+    assert reward(ids, None, lengths, None).tolist() == [score, score]
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path, tiny_tokenizer):

@@ -37,11 +37,11 @@ from helpers import (
 
 from minirlhf import ppo, ppo_report, reward_model, sft
 from minirlhf.engine import parallel, run_folder, training
-from minirlhf.engine.metrics import read_metrics
+from minirlhf.engine.metrics import read_kept, read_metrics
 from minirlhf.engine.options import Stopped
-from minirlhf.engine.output import RUN_FILE
+from minirlhf.engine.output import PART_FILES, RUN_FILE
 from minirlhf.engine.run_folder import RunFolder, begin
-from minirlhf.engine.state import STATE_FILE, read_state
+from minirlhf.engine.state import STATE_FILE, read_state, write_state
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import GPT2
 
@@ -165,6 +165,7 @@ def toy_run(cfg, folder_seen: list, steps: int = 5, stop_at: int = 99,
             layer.weight.grad = torch.ones(1, 1)
             optimizer.step()
             run.sample(f"sample {step}")
+            run.keep({"step": step, "weight": layer.weight.item()})
             run.log({"weight": layer.weight.item(), "step": step + 1})
     return run.row
 
@@ -187,8 +188,21 @@ def test_a_run_goes_on_with_the_steps_after_the_last_state(tmp_path):
         quietly(toy_run, sft_config(out=str(again), save_every=2), [], 5, 3)
     resumed = quietly(toy_run, sft_config(out=str(again), save_every=2, resume=True), seen)
     assert [step for step, _ in seen] == [2, 3, 4] and resumed == row
-    for name in ("metrics.csv.part", "samples.txt.part"):
+    for name in PART_FILES:
         assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_of_a_version_that_kept_nothing_goes_on(tmp_path):
+    """Its state names two growing files and not the third."""
+    with pytest.raises(Interruption):
+        quietly(toy_run, sft_config(out=str(tmp_path), save_every=2), [], 5, 3)
+    path = str(tmp_path / STATE_FILE)
+    state, tensors = read_state(path)
+    del state["files"]["kept.jsonl"]
+    write_state(path, state, tensors)
+    os.unlink(tmp_path / "kept.jsonl.part")
+    quietly(toy_run, sft_config(out=str(tmp_path), save_every=2, resume=True), [])
+    assert [record["step"] for record in read_kept(str(tmp_path))] == [2, 3, 4]
 
 
 def test_a_figure_of_a_name_that_the_run_does_not_have_is_a_mistake(tmp_path):
@@ -374,14 +388,14 @@ def test_a_signal_stops_the_run_at_the_end_of_the_step(tmp_path, whole, number, 
                                                        capsys):
     out = str(tmp_path / "run")
     with monkeypatch.context() as patch:
-        original = ppo.gae
+        original = ppo.update                            # once per iteration
 
         def interrupted(*arguments):
             if not os.path.exists(os.path.join(out, STATE_FILE)):
                 os.kill(os.getpid(), number)
             return original(*arguments)
 
-        patch.setattr(ppo, "gae", interrupted)
+        patch.setattr(ppo, "update", interrupted)
         patch.setattr(run_folder, "under_debugger", bool)            # coverage and pdb look alike
         with pytest.raises(Stopped, match=f"signal {int(number)} after step 1 of 8") as stop:
             ppo.main(ppo_config(**options_of("ppo", out=out, save_every=100)))
@@ -446,7 +460,7 @@ def test_the_command_says_how_to_go_on_and_exits_by_the_signals_number(tmp_path)
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     out, straight = str(tmp_path / "run"), str(tmp_path / "straight")
-    stop_train("ppo", out, ppo, "rollout", 5)            # after 4 iterations by one process
+    stop_train("ppo", out, ppo, "update", 5)             # after 4 iterations by one process
     torchrun("ppo", ppo_config(**options_of("ppo", out=out, resume=True)))
     train("ppo", straight)
     first, second = read_metrics(out), read_metrics(straight)
@@ -454,6 +468,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert first[:4] == second[:4]
     for one, other in zip(first, second):
         assert one == pytest.approx(other, rel=1e-2, abs=5e-3)
+    kept = [[(one["iteration"], one["asked_again"], one["prompt"]) for one in read_kept(folder)]
+            for folder in (out, straight)]
+    assert kept[0] == kept[1] and len(kept[0]) == 5 * 4    # iterations 0, 2, 4, 6 and 7
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -462,7 +479,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 def unfinished(tmp_path) -> str:
     """The folder of a PPO run that was stopped after 4 of 8 iterations."""
     out = str(tmp_path / "unfinished")
-    stop_train("ppo", out, ppo, "rollout", 5)
+    stop_train("ppo", out, ppo, "update", 5)
     return out
 
 
@@ -716,7 +733,7 @@ def test_a_run_resumed_from_a_damaged_folder_is_the_same_or_a_value_error(interr
         folder.mkdir()
         for name, content in files.items():
             put(folder / name, content)
-        name = rng.choice([STATE_FILE, STATE_FILE, "metrics.csv.part", "samples.txt.part"])
+        name = rng.choice([STATE_FILE, STATE_FILE, *PART_FILES])
         content = files[name]
         if name == STATE_FILE and rng.random() < 0.8:
             content = rewrite(rng, content) if rng.random() < 0.2 else mutate(rng, content)

@@ -180,7 +180,8 @@ def test_a_state_needs_every_entry_in_its_type(tmp_path, key):
     {"files": {**STATE["files"], "samples.txt": [1.0, "0b"]}},
     {"files": {**STATE["files"], "samples.txt": [0]}},
     {"files": {**STATE["files"], "samples.txt": [0, 1]}},
-    {"files": {**STATE["files"], "samples.txt": 0}}])
+    {"files": {**STATE["files"], "samples.txt": 0}},
+    {"files": {**STATE["files"], "kept.jsonl": [-1, "0c"]}}])
 def test_a_state_needs_numbers_in_its_row_and_size_and_hash_of_the_growing_files(tmp_path, change):
     path = os.path.join(tmp_path, STATE_FILE)
     write_state(path, {**STATE, **change}, pack(*make_networks()))

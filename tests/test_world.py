@@ -19,7 +19,7 @@ from minirlhf.world import (
     prompts,
 )
 from minirlhf.world.facts import BY_FAMILY, CATEGORIES, ENTITIES, FAMILIES, OPENERS
-from minirlhf.world.judge import find_entity, find_items
+from minirlhf.world.judge import find_entity, find_items, judge_by_token
 
 ROOT = Path(__file__).parents[1]
 FRANCE = "What is the capital of France?"
@@ -374,6 +374,37 @@ def test_the_gold_reward_reads_prompt_response_and_end_token(tiny_world):
     ids, lengths = pad(rows, tokenizer.end_token)
     scores = gold_reward(ids, torch.tensor([len(prompt)] * 3), lengths, tokenizer)
     assert scores.tolist() == [3.5, 2.5, -0.5]
+
+
+def test_a_fact_is_paid_where_it_is_stated():
+    sentence = "The capital of France is"
+    prefixes = [sentence, f"{sentence} Paris", f"{sentence} Paris."]
+    assert judge_by_token(FRANCE, prefixes) == pytest.approx([0, 3, 0])
+    assert judge_by_token(FRANCE, ["Rome", "Rome."]) == pytest.approx([0, -0.5])
+    assert judge_by_token(FRANCE, [*prefixes, f"{sentence} Paris. Rome"], ended=False) == (
+        pytest.approx([0, 3, 0, -2 - 1]))                # both right and wrong: 0; the rest: -1
+
+
+def test_the_gold_reward_per_token_adds_up_to_the_gold_reward(tiny_world):
+    torch, tokenizer, _ = tiny_world
+    from minirlhf.data import encode_prompt, encode_response, format_prompt, pad, response_mask
+    from minirlhf.world import gold_reward, gold_reward_per_token
+    records = [*demonstrations(300, 3), {"prompt": FRANCE, "response": "Paris"}]
+    prompts = [encode_prompt(tokenizer, format_prompt(row["prompt"])) for row in records]
+    rows = [prompt + encode_response(tokenizer, row["response"])
+            for prompt, row in zip(prompts, records)]
+    rows[0], rows[1] = rows[0][:-1], prompts[1] + [tokenizer.end_token]     # cut; ended at once
+    ids, lengths = pad(rows, tokenizer.end_token)
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    scores = gold_reward_per_token(ids, starts, lengths, tokenizer)
+    assert scores.shape == ids[:, 1:].shape
+    torch.testing.assert_close(scores.sum(dim=1), gold_reward(ids, starts, lengths, tokenizer))
+    assert (scores[~response_mask(starts, lengths, ids.shape[1])] == 0).all()
+    early = scores.clone()
+    early[torch.arange(len(rows)), lengths - 2] = 0      # all but the last action's
+    assert (early > 2.9).any(dim=1).float().mean() > 0.3     # whole facts, paid where they stand
+    alone = gold_reward_per_token(torch.tensor([prompts[0]]), starts[:1], starts[:1], tokenizer)
+    assert alone.shape == (1, len(prompts[0]) - 1) and not alone.any()      # no response at all
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ from minirlhf.benchmark import naive
 from minirlhf.benchmark.machine import figure, peak_memory, timed
 from minirlhf.engine import fast
 from minirlhf.engine.training import random_stream
+from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue, ScalarModel
 
-PROMPT_TOKENS, ITERATION = 16, 1         # in iteration 0 the policy has to equal the reference
+PROMPT_TOKENS, STEPS = 16, 16
+ITERATION = 1                       # in iteration 0 the policy has to equal the reference
 
 
 def forward_flops(config: GPT2Config, rows: int, tokens: int, logit_positions: int) -> int:
@@ -36,25 +38,28 @@ def limits(config: GPT2Config, cfg: ppo.PPOConfig, speeds: dict) -> dict[str, fl
     """Seconds of an iteration's phases if only the machine's two limits held them up.
 
     Scoring and update are bound by arithmetic, and so is the first pass of sampling. Each later
-    pass takes its arithmetic or the reading of all float32 weights, whichever takes longer.
+    pass takes its arithmetic or the reading of all float32 weights, whichever takes longer. The
+    layers compute in `cfg.dtype`, the logits in float32.
     """
-    B, N, C, gemm = cfg.batch_size, cfg.max_new_tokens, config.n_embd, speeds["gemm"]
-    policy = forward_flops(config, B, PROMPT_TOKENS + N, B * N)
-    critic = forward_flops(config, B, PROMPT_TOKENS + N, 0) * (cfg.critic == "separate")
-    context = PROMPT_TOKENS + N // 2                     # in sight of a new token, on average
-    step = forward_flops(config, B, context, B) - forward_flops(config, B, context - 1, 0)
+    B, N, C = cfg.batch_size, cfg.max_new_tokens, config.n_embd
+    T, context = PROMPT_TOKENS + N, PROMPT_TOKENS + N // 2     # of a new token, on average
+    layers, unembedding = speeds["gemm"][cfg.dtype], speeds["gemm"]["float32"]
+    logits = forward_flops(config, 0, 0, B) / unembedding      # of one position in each row
+    critic = forward_flops(config, B, T, 0) / layers           # or any other trunk
+    policy = critic + N * logits
+    critic *= cfg.critic == "separate"
+    step = forward_flops(config, B, context, 0) - forward_flops(config, B, context - 1, 0)
     read = 4 * (12 * C ** 2 * config.n_layer + config.vocab_size * C) / speeds["bandwidth"]
-    first = forward_flops(config, B, PROMPT_TOKENS, B)
+    first = forward_flops(config, B, PROMPT_TOKENS, 0) / layers + logits
     # the reference makes logits, too; a backward pass makes two products for each forward one
-    seconds = {"sample": first / gemm + (N - 1) * max(step / gemm, read),
-               "score": (2 * policy + critic) / gemm,
-               "update": cfg.epochs * 3 * (policy + critic) / gemm}
+    seconds = {"sample": first + (N - 1) * max(step / layers + logits, read),
+               "score": 2 * policy + critic, "update": cfg.epochs * 3 * (policy + critic)}
     return {**seconds, "iteration": sum(seconds.values())}
 
 
 def even_tokens(ids, prompt_lengths, lengths, tokenizer) -> torch.Tensor:
     """A reward that costs nothing: the share of even token ids. ids (B, T) -> scores (B,)."""
-    real = torch.arange(ids.shape[1]) < lengths[:, None]                            # (B, T)
+    real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]        # (B, T)
     return ((ids % 2 == 0) & real).sum(dim=1) / lengths
 
 
@@ -73,10 +78,10 @@ class Iterations:
     """Networks, ready for one PPO iteration after the other."""
 
     def __init__(self, config: GPT2Config, cfg: ppo.PPOConfig):
-        policy, ref_policy = [random_model(config, cfg.seed) for _ in range(2)]
+        policy, ref_policy = [random_model(config, cfg.seed).to(cfg.device) for _ in range(2)]
         critic = ScalarModel(config, trunk=policy if cfg.critic == "shared" else None)
         policy.dtype = critic.transformer.dtype = ref_policy.dtype = cfg.dtype
-        self.cfg, self.networks = cfg, PolicyWithValue(policy, critic)
+        self.cfg, self.networks = cfg, PolicyWithValue(policy, critic).to(cfg.device)
         self.optimizer = ppo.make_optimizer(self.networks, cfg)
         tokenizer = SimpleNamespace(end_token=config.vocab_size - 1)    # there is no text here
         prompts = torch.randint(0, tokenizer.end_token, (cfg.batch_size, PROMPT_TOKENS),
@@ -101,13 +106,41 @@ class Iterations:
         cfg, ours, fast.PRODUCTS = self.cfg, fast.PRODUCTS, "stock"
         optimizer = torch.optim.Adam(self.networks.parameters(), cfg.lr, (0.9, 0.95), 1e-5)
         uniforms = torch.rand(cfg.batch_size, cfg.max_new_tokens, dtype=torch.float64,
-                              generator=random_stream(cfg.seed, 1, ITERATION))
+                              generator=random_stream(cfg.seed, 1, ITERATION)).to(cfg.device)
         responses, rollout = timed(naive.rollout, *self.inputs, uniforms, cfg, cfg.kl_coef)
         _, update = timed(naive.update, self.networks, optimizer, responses, cfg)
         fast.PRODUCTS = ours
         reference = sum(response.reference_seconds for response in responses)
         return {"sample": rollout, "sample alone": rollout - reference,    # without its passes
                 "rollout": rollout, "update": update, "iteration": rollout + update}
+
+
+def continued(model: GPT2, prompts: list[list[int]], tokens: int) -> None:
+    """Sample that many tokens to each prompt."""
+    generate(model, prompts, tokens, end_token=model.config.vocab_size - 1,
+             generator=random_stream(1))
+
+
+def decoding(config: GPT2Config, rows: int, dtype: str, runs: int) -> dict[str, dict]:
+    """A decoding step, and all that comes before the second token (packing, the prompts' pass).
+
+    By our products and, in turn, by stock products that lay every weight out anew each time.
+    """
+    model = random_model(config, 0)
+    model.dtype = dtype
+    prompts = torch.randint(0, config.vocab_size - 1, (rows, PROMPT_TOKENS),
+                            generator=random_stream(0)).tolist()
+    ours, times = (fast.PRODUCTS, fast.PACKING), {}
+    for number in range(runs + 1):                       # the first is not counted
+        for name, choice in (("stock", ("stock", False)), ("ours", ours)):
+            fast.PRODUCTS, fast.PACKING = choice
+            first, whole = [timed(continued, model, prompts, tokens)[1]
+                            for tokens in (1, STEPS + 1)]
+            if number > 0:
+                times.setdefault(name, []).append(((whole - first) / STEPS, first))
+    return {name: {"step": figure([step for step, _ in pairs]),
+                   "first": figure([first for _, first in pairs])}
+            for name, pairs in times.items()}
 
 
 def figures(runs: list[dict[str, float]]) -> dict[str, dict]:

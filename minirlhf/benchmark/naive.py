@@ -29,7 +29,8 @@ class Response:
 def respond(networks: PolicyWithValue, ref_policy: GPT2, prompt: list[int], uniforms: torch.Tensor,
             cfg: PPOConfig, end_token: int) -> Response:
     """Sample one response; uniforms (max_new_tokens,) decide its tokens as in `generate`."""
-    ids, columns, reference_seconds = torch.tensor([prompt]), [], 0.0               # (1, T)
+    ids = torch.tensor([prompt], device=uniforms.device)                            # (1, T)
+    columns, reference_seconds = [], 0.0
     for uniform in uniforms:
         hidden = networks.policy.hidden(ids)                                        # (1, T, C)
         logits = networks.policy.logits(hidden)[:, -1]                              # (1, V)
@@ -53,7 +54,7 @@ def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokeni
     for prompt, row in zip(prompts, uniforms):
         with torch.no_grad():
             response = respond(networks, ref_policy, prompt, row, cfg, tokenizer.end_token)
-        lengths = torch.tensor([[len(prompt)], [response.ids.shape[1]]])            # (2, 1)
+        lengths = torch.tensor([[len(prompt)], [response.ids.shape[1]]]).to(row.device)    # (2, 1)
         score = reward_function(response.ids, *lengths, tokenizer)                  # (1,)
         score = score - cfg.missing_end_penalty * (response.ids[:, -1] != tokenizer.end_token)
         logprobs, ref_logprobs, values = response.columns[:, None]                  # (1, N) each

@@ -9,7 +9,9 @@ PHASES = ("sample", "score", "update", "iteration")
 
 
 def show(figure: dict, unit: str, factor: float = 1.0, digits: int = 1) -> str:
-    """A figure as text: median (lowest..highest), as in "2.0 (1.0..3.0) s"."""
+    """A figure as text: median (lowest..highest), as in "2.0 (1.0..3.0) s"; small times in ms."""
+    if unit == "s" and figure["median"] < 0.1:
+        unit, factor, digits = "ms", 1000 * factor, 1
     middle, low, high = [f"{factor * figure[key]:,.{digits}f}" for key in ("median", "low", "high")]
     return f"{middle} ({low}..{high}) {unit}" if figure["runs"] > 1 else f"{middle} {unit}"
 
@@ -27,10 +29,14 @@ def limits_table(result: dict) -> str:
             for shape, speed in limits["products"].items()]
     rows += [[f"memory, {loop}", show(speed, "GB/s", 1e-9)]
              for loop, speed in limits["memory"].items()]
-    return ("{cpu}, {cores} cores, {threads} threads, {system}, PyTorch {torch}. ".format(
-        **result["machine"]) + "Figures are medians (lowest..highest). Limits: the fastest float32 "
-        f"product, {limits['gemm'] / 1e9:.0f} GFLOP/s, and the faster of the memory loops, "
-        f"{limits['bandwidth'] / 1e9:.1f} GB/s.\n\n" + table(["limit", "measured"], rows))
+    machine = result["machine"]
+    where = "{cpu}, {cores} cores, {threads} threads, {system}, PyTorch {torch}".format(**machine)
+    where = f"{machine['gpu']}; {where}" if "gpu" in machine else where
+    float32, bfloat16 = [limits["gemm"][dtype] / 1e9 for dtype in ("float32", "bfloat16")]
+    return (f"{where}. Figures are medians (lowest..highest). Limits: the fastest product, "
+            f"{float32:,.0f} GFLOP/s in float32 and {bfloat16:,.0f} in bfloat16, and the faster of "
+            f"the memory loops, {limits['bandwidth'] / 1e9:,.1f} GB/s.\n\n"
+            + table(["limit", "measured"], rows))
 
 
 def comparison_table(result: dict) -> str:
@@ -60,8 +66,44 @@ def variants_table(result: dict) -> str:
             "machine's limits in the time measured, in the same order.\n\n" + table(titles, rows))
 
 
+def decoding_table(result: dict) -> str:
+    """One step of sampling by stock products and by ours."""
+    rows = []
+    for name, steps in result["decoding"].items():
+        stock, ours = steps["stock"], steps["ours"]
+        rows.append([name, show(stock["step"], "ms", 1000), show(ours["step"], "ms", 1000),
+                     show(ratio(ours["step"], stock["step"]), "", digits=2).strip(),
+                     show(stock["first"], "s", digits=2), show(ours["first"], "s", digits=2)])
+    titles = ["batch", "step, stock", "step, ours", "ours / stock", "first token, stock",
+              "first token, ours"]
+    return ("A decoding step of the first network. The first token's time is that of the prompts' "
+            "pass and, in ours, of laying the weights out.\n\n" + table(titles, rows))
+
+
+def trl_table(result: dict) -> str:
+    """TRL's trainer, and ours with its networks and with a shared critic."""
+    trl, variants = result["trl"], result["variants"]
+    ours = {name: variants[name] for name in (trl["beside"], next(iter(variants)))}
+    versions = "TRL {trl}, transformers {transformers}, PyTorch {torch}".format(**trl)
+    rows = [[f"{versions}, separate critic", show(trl["sample"], "s", digits=2),
+             show(trl["iteration"], "s", digits=2), "", f"{trl['memory'] / 1e9:.2f} GB"]]
+    for name, variant in ours.items():
+        seconds, memory = variant["seconds"], variant["memory"]
+        rows.append([f"ours, {name}", show(seconds["sample"], "s", digits=2),
+                     show(seconds["iteration"], "s", digits=2),
+                     show(ratio(trl["iteration"], seconds["iteration"]), "x", digits=2),
+                     f"{memory / 1e9:.2f} GB" if memory else "not measured"])
+    return ("The same sizes, in the same run. TRL's reward model is a network of one narrow "
+            "layer.\n\n" + table(["trainer", "sampling", "whole iteration", "TRL / ours",
+                                   "peak memory"], rows))
+
+
 def markdown(result: dict) -> str:
     """All that was measured."""
     parts = ["## The machine's limits", limits_table(result), "## Beside a naive baseline",
              comparison_table(result), "## Critics, precision, sizes", variants_table(result)]
+    if "decoding" in result:
+        parts += ["## A decoding step", decoding_table(result)]
+    if "trl" in result:
+        parts += ["## Beside TRL", trl_table(result)]
     return "\n\n".join(parts) + "\n"

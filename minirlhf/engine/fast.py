@@ -6,6 +6,7 @@ compares the two, values and gradients:
     linear            F.linear
     addmm             torch.addmm
     action_logprobs   gpt2.action_logprobs
+    by_length         the call of the network that it is given
 
 Which product is taken is a rule, not a measurement, so that a run that goes on on the same machine
 takes the same one: oneDNN's on AMD's processors, where the library behind F.linear takes up to
@@ -56,6 +57,15 @@ PRODUCTS = choose_products(os.environ.get("MINIRLHF_PRODUCTS", ""), cpu_vendor()
 LAID_OUT: dict[int, torch.Tensor] = {}       # within `packed`: id of a weight -> its packed copy
 
 
+def describe_products(networks: torch.nn.Module) -> str:
+    """A sentence about the products of these networks, "" where all of them are too small."""
+    if not any(p.numel() >= SMALLEST_WEIGHT and p.dim() == 2 and p.device.type == "cpu"
+               for p in networks.parameters()):
+        return ""
+    name = {"onednn": "oneDNN's", "stock": "PyTorch's own"}[PRODUCTS]
+    return f"large matrix products: {name} (MINIRLHF_PRODUCTS overrules it)"
+
+
 def is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x (N, in) times `weight` is a product that oneDNN can compute, and large enough."""
     return (x.dim() == 2 and x.device.type == "cpu" and x.dtype == torch.float32
@@ -76,11 +86,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`torch.addmm`, bias + x @ weight: bias (out,), x (N, in), weight (in, out) -> (N, out)."""
-    if not is_large(x, weight):
-        return torch.addmm(bias, x, weight)
-    if id(weight) in LAID_OUT and not torch.is_grad_enabled():
-        return torch.ops.mkldnn._linear_pointwise(x, LAID_OUT[id(weight)], bias, "none", [], "")
-    if PRODUCTS == "stock":
+    laid_out = LAID_OUT.get(id(weight))
+    if laid_out is not None and len(x) >= FEWEST_ROWS and not torch.is_grad_enabled():
+        x, bias = x.to(laid_out.dtype), bias.to(laid_out.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
+    if PRODUCTS == "stock" or not is_large(x, weight):
         return torch.addmm(bias, x, weight)
     return Addmm.apply(bias, x, weight)
 
@@ -106,21 +116,45 @@ def packed(network: torch.nn.Module, unembedding: torch.Tensor, rows: int):
     """Within it the large weights of a GPT-2 are laid out once for products with `rows` rows.
 
     Without, each product lays its weight out anew: in a decoding step that is most of the work. The
-    copies take as much memory as the weights; they are dropped at the end. Weights must not change
-    within. Where the operator is missing, or nothing is large, nothing happens.
+    copies take as much memory as the weights, in bfloat16 half of it; they are dropped at the end.
+    Weights must not change within. Where the operator is missing, or nothing is large, nothing
+    happens.
     """
     weights = {id(module.weight): module.weight.T for module in network.modules()
                if type(module).__name__ == "Conv1D"}     # stored (in, out)
     weights[id(unembedding)] = unembedding
-    suitable = PACKING and rows >= FEWEST_ROWS and not torch.is_autocast_enabled("cpu")
+    half = torch.is_autocast_enabled("cpu")              # then the logits alone are in float32
     try:
-        for key, weight in weights.items() if suitable else ():
+        for key, weight in weights.items() if PACKING and rows >= FEWEST_ROWS else ():
             if (weight.numel() >= SMALLEST_WEIGHT and weight.dtype == torch.float32
                     and weight.device.type == "cpu"):
-                LAID_OUT[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+                dtype = torch.bfloat16 if half and key != id(unembedding) else torch.float32
+                weight = weight.detach().to(dtype)
+                LAID_OUT[key] = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
     finally:
         LAID_OUT.clear()
+
+
+# ---- padding -------------------------------------------------------------------------------------
+
+GROUP = 16                      # rows; smaller products are slower than the padding they save
+
+
+def by_length(network, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """`network(ids)`, (B, T), in groups of rows that are about equally long; 0 in the padding.
+
+    ids (B, T), lengths (B,). In a batch of comparisons of the text world four tokens of ten are
+    padding. A GPU computes one large batch faster than several small ones.
+    """
+    if ids.device.type != "cpu" or len(ids) < 2 * GROUP:
+        return network(ids)
+    order, results = lengths.argsort(), []                               # (B,)
+    for rows in order.split(GROUP):
+        longest = int(lengths[rows[-1]])
+        numbers = network(ids[rows, :longest])                           # (GROUP, longest)
+        results.append(F.pad(numbers, (0, ids.shape[1] - longest)))      # (GROUP, T)
+    return torch.cat(results)[order.argsort()]                           # (B, T)
 
 
 # ---- log-probabilities of actions ----------------------------------------------------------------

@@ -4,6 +4,7 @@ A score function (`--reward`, `--gold`, `--judge`) is called as
 
     scores = function(ids, prompt_lengths, lengths, tokenizer)    # (B, T), (B,), (B,) -> (B,)
 
+(PPO's reward may also pay per token: column t of (B, T-1) is for the action ids[t+1]), and
 a record function (`--data`, `--prompts`) as `function(count=..., seed=..., model=...)`. What goes
 wrong in it is told in one sentence with the user's own file and line.
 """
@@ -94,24 +95,28 @@ class ScoreFunction:
     """A user's function of ids, prompt_lengths, lengths and tokenizer that returns scores (B,).
 
     It is given copies, so that what it changes is its own, and must return a tensor with one number
-    for each row; that becomes float32 on the device of `ids`.
+    for each row, or, if `per_token` allows it, for each action, (B, T-1), of which those outside
+    the response do not count. That becomes float32 on the device of `ids`.
     """
 
-    def __init__(self, option: str, spec: str):
+    def __init__(self, option: str, spec: str, per_token: bool = False):
         self.name, self.function = f"{option} {spec}", load_function(spec)
+        self.per_token = per_token
         check_signature(self.name, self.function, "ids", "prompt_lengths", "lengths", "tokenizer")
         self.source = source_of(self.function)
 
     def __call__(self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor,
                  tokenizer) -> torch.Tensor:
-        """ids (B, T), prompt_lengths (B,), lengths (B,) -> scores (B,)."""
+        """ids (B, T), prompt_lengths (B,), lengths (B,) -> scores (B,), or (B, T-1)."""
         scores = call(self.name, self.function, ids.clone(), prompt_lengths.clone(),
                       lengths.clone(), tokenizer)
         shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+        each = f", or {tuple(ids[:, 1:].shape)}: one per token" if self.per_token else ""
         # careful: scores of shape (B, 1) would broadcast to (B, B) later
-        check(shape == (len(ids),) and not scores.is_complex(), f"{self.name} returned {shape}, "
-              f"expected a tensor of shape {(len(ids),)}: one score per response")
-        return scores.detach().float().to(ids.device)    # (B,)
+        fits = shape == (len(ids),) or (self.per_token and shape == ids[:, 1:].shape)
+        check(fits and not scores.is_complex(), f"{self.name} returned {shape}, expected a tensor "
+              f"of shape {(len(ids),)}: one score per response{each}")
+        return scores.detach().float().to(ids.device)    # (B,) or (B, T-1)
 
     def try_once(self, prompt: list[int], tokenizer, device: str = "cpu") -> None:
         """Call the function on a prompt with an empty response, before anything is computed."""

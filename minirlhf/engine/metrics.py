@@ -1,11 +1,13 @@
-"""The text files that grow during a run: metrics.csv and samples.txt."""
+"""The text files that grow during a run: metrics.csv, samples.txt and kept.jsonl."""
 
 import csv
 import hashlib
 import os
 
 from minirlhf.engine.options import check
-from minirlhf.files.disk import advice, open_own, open_regular
+from minirlhf.files.disk import advice, open_own, open_regular, parse_json
+
+MAX_KEPT = 16 << 20                 # bytes of kept.jsonl that are read
 
 
 class PartFile:
@@ -83,13 +85,21 @@ def format_number(value) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
+def whole_or_part(folder: str, name: str) -> str:
+    """Where a run's file is: under its name, or as <name>.part while the run is not finished."""
+    path = os.path.join(folder, name)
+    part = path + ".part"
+    return part if os.path.exists(part) and not os.path.exists(path) else path
+
+
 def read_metrics(folder: str) -> list[dict[str, float]]:
     """The rows of a run's `metrics.csv` as numbers; empty cells are left out.
 
+    Of a run that is not finished and follows no other, those of `metrics.csv.part`.
     Raises: FileNotFoundError without the file; ValueError naming it for anything but numbers under
     the names of the first line.
     """
-    path = os.path.join(folder, "metrics.csv")
+    path = whole_or_part(folder, "metrics.csv")
     with open_regular(path) as file:
         text = file.read().decode("utf-8", "replace")
     try:
@@ -98,3 +108,18 @@ def read_metrics(folder: str) -> list[dict[str, float]]:
     except (TypeError, ValueError, csv.Error):
         raise ValueError(f"{path}: expected a number in every cell, under the names of the first "
                          "line") from None
+
+
+def read_kept(folder: str) -> list[dict]:
+    """The records of a run's `kept.jsonl`; none if there is no such file, as of older versions.
+
+    Raises: ValueError naming file and line for what is no JSON object, or for more than 16 MB.
+    """
+    path = whole_or_part(folder, "kept.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open_regular(path) as file:
+        data = file.read(MAX_KEPT + 1)
+    check(len(data) <= MAX_KEPT, f"{path}: expected at most {MAX_KEPT} bytes; is it of a run?")
+    complete = data.split(b"\n")[:-1]                    # the rest is still being written
+    return [parse_json(line, f"{path}:{i}") for i, line in enumerate(complete, start=1)]

@@ -81,6 +81,14 @@ def name_first_argument(option: str) -> None:
         sys.argv.insert(1, f"--{option}")
 
 
+def join_first_arguments(option: str) -> None:
+    """Let the first words of the command line stand for `--option word,word`: `plots RUN RUN`."""
+    count = next((i for i, word in enumerate(sys.argv[1:]) if word.startswith("-")),
+                 len(sys.argv) - 1)
+    if count > 0:
+        sys.argv[1:1 + count] = [f"--{option}", ",".join(sys.argv[1:1 + count])]
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 def printable(text: str) -> str:
@@ -135,6 +143,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+    def __reduce__(self):
+        return Stopped, (self.args[0], self.signal)      # from one process to another
 
 
 class one_sentence:

@@ -13,7 +13,7 @@ from minirlhf.files.disk import LEFTOVER, lock, open_own, read_json
 
 RUN_FILE = "run.json"               # of a finished run: its options and its last row of metrics
 LOCK_FILE = ".lock"
-PART_FILES = ("metrics.csv.part", "samples.txt.part")
+PART_FILES = ("metrics.csv.part", "samples.txt.part", "kept.jsonl.part")
 
 
 def command_of(cfg) -> str:

@@ -107,6 +107,8 @@ def add_gradients(parameters) -> None:
     if processes() == 1:
         return
     for parameter in parameters:
+        if not parameter.requires_grad:                  # not trained now; the others skip it too
+            continue
         if parameter.grad is None:                       # this process had no rows
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)

@@ -3,12 +3,14 @@
 While a run is under way its folder holds
     training_state.safetensors      all that is needed to go on: one file, replaced as a whole
     metrics.csv.part, samples.txt.part
-and when the run is finished the model's files, metrics.csv, samples.txt and run.json. Until then
-the files of an earlier finished run stay as they are. A run that goes on is, bit for bit, the run
-that was not interrupted, on one CPU with one number of threads.
+    kept.jsonl.part                 what pages and pictures need beside: few, small JSON lines
+and when the run is finished the model's files, metrics.csv, samples.txt, kept.jsonl and run.json.
+Until then the files of an earlier finished run stay as they are. A run that goes on is, bit for
+bit, the run that was not interrupted, on one CPU with one number of threads.
 """
 
 import bdb
+import json
 import math
 import os
 import signal
@@ -108,9 +110,12 @@ class RunFolder:
                                            files.get("metrics.csv", (0, "")))
                 self.samples = PartFile(self.folder, "samples.txt",
                                         files.get("samples.txt", (0, "")))
+                self.kept = PartFile(self.folder, "kept.jsonl", files.get("kept.jsonl", (0, "")))
             if self.tensors:
                 unpack(self.tensors, self.networks, self.optimizer, self.path)
                 self.tensors = {}
+            if self.networks is not None and fast.describe_products(self.networks):
+                print(fast.describe_products(self.networks), flush=True)
         except BaseException:
             self.unlock()
             raise
@@ -262,6 +267,11 @@ class RunFolder:
         if self.writer:
             self.samples.append(text + "\n")
 
+    def keep(self, record: dict) -> None:
+        """Append one JSON line to kept.jsonl; the caller keeps the lines few and small."""
+        if self.writer:
+            self.kept.append(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
+
     def log(self, row: dict) -> None:
         """Append the step's row to metrics.csv; a number that is not finite stops the run."""
         assert set(row) <= set(self.fields), (list(row), self.fields)
@@ -293,7 +303,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Write the state; first the growing files must be on the disk as far as it counts."""
-        files = {"metrics.csv": self.metrics.sync(), "samples.txt": self.samples.sync()}
+        files = {"metrics.csv": self.metrics.sync(), "samples.txt": self.samples.sync(),
+                 "kept.jsonl": self.kept.sync()}
         state = {"command": self.command, "config": asdict(self.cfg), "step": self.step,
                  "row": self.row, "inputs": self.inputs, "files": files, **self.machine()}
         write_state(self.path, state, pack(self.networks, self.optimizer))
@@ -315,7 +326,7 @@ class RunFolder:
                   "link; remove it")                     # a write must not leave the folder
             save_folder(other, tokenizer, os.path.join(self.folder, name), run)
         save_folder(network, tokenizer, self.folder, run)
-        for file in (self.metrics, self.samples):
+        for file in (self.metrics, self.samples, self.kept):
             with open(file.path, "rb") as growing:
                 write_atomically(file.path.removesuffix(".part"), growing.read())
         write_json(os.path.join(self.folder, RUN_FILE), {**run, "finished": True})

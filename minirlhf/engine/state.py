@@ -22,7 +22,7 @@ STATE_FILE = "training_state.safetensors"
 VERSION = 2                         # of what a state holds
 STATE_KEYS = {"command": str, "config": dict, "step": int, "row": dict, "inputs": dict,
               "files": dict, "threads": int, "torch": str, "processes": int, "products": str}
-GROWING = ("metrics.csv", "samples.txt")
+GROWING = ("metrics.csv", "samples.txt")    # files that the state of every version names
 
 
 def checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -102,8 +102,9 @@ def read_state(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     for key, kind in STATE_KEYS.items():
         check(type(state.get(key)) is kind, f"{path}: {key} is missing or no {kind.__name__}; "
               "delete the file to start over")
-    ok = all(isinstance(mark := state["files"].get(name), list) and len(mark) == 2
-             and type(mark[0]) is int and mark[0] >= 0 and type(mark[1]) is str for name in GROWING)
+    marks = [*(state["files"].get(name) for name in GROWING), *state["files"].values()]
+    ok = all(isinstance(mark, list) and len(mark) == 2 and type(mark[0]) is int and mark[0] >= 0
+             and type(mark[1]) is str for mark in marks)
     numbers = all(value == "" or type(value) in (int, float) for value in state["row"].values())
     check(state["step"] > 0 and ok and numbers, f"{path}: expected a positive step, numbers in the "
           f"row, and size and hash of {' and '.join(GROWING)}; delete the file to start over")

@@ -9,6 +9,7 @@ The first line decides the shape:
     HH-RLHF, cut        {"prompt"} that ends in a turn "Assistant:", answers beside it
     TL;DR posts         {"subreddit", "title", "post", "summary"}
     TL;DR comparisons   {"info": a post, "summaries": two texts, "choice": 0 or 1}
+    verdicts            {"prompt", "answer_a", "answer_b", "verdict"}, as people/ writes them
 Prompts of the first three are plain and get our template. Each shape is read by one function of a
 row; a new one is a function and a line in `SHAPES`. A bad line is an error that names file and
 line. In the published shapes alone, rows that are well-formed but unusable are dropped, with the
@@ -266,6 +267,28 @@ def read_tldr_comparison(row: dict, place: str) -> dict | str:
             "rejected": texts[1 - choice]}
 
 
+VERDICT = ("a", "b", "tie", "skip")
+
+
+def read_verdict(row: dict, place: str) -> dict | str:
+    """A person's verdict on two answers, from `people/verdicts.py`; its prompt has its template.
+
+    A tie or a skip is no comparison, and a pair that was shown again is one already.
+    """
+    texts = {key: text_of(row, key, place) for key in ("prompt", "answer_a", "answer_b")}
+    verdict = text_of(row, "verdict", place)
+    if verdict not in VERDICT:
+        raise ValueError(f"{place}: expected {', '.join(VERDICT)} as 'verdict', found "
+                         f"{short(verdict)}")
+    if row.get("again") is True:
+        return "a pair that was shown again"
+    if verdict in ("tie", "skip"):
+        return f"a {verdict}"
+    other = "b" if verdict == "a" else "a"
+    return {"prompt": texts["prompt"], "chosen": texts[f"answer_{verdict}"],
+            "rejected": texts[f"answer_{other}"]}
+
+
 # ---- which shape ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -283,6 +306,8 @@ MESSAGES = Shape("role and content messages (OpenAI, TRL)", {"messages"},
 CUT_HH = Shape("HH-RLHF's turns as prompt, answers beside it", {"prompt"}, set(ANSWERS),
                read_cut_hh)
 OURS = Shape("our own", {"prompt"}, {*ANSWERS, "kind", "margin"}, read_ours, True)
+VERDICTS = Shape("verdicts of a person", {"prompt", "answer_a", "answer_b", "verdict"}, {"again"},
+                 read_verdict)
 HH = Shape("HH-RLHF: two dialogues", {"chosen", "rejected"}, set(), read_hh)
 ALPACA = Shape("Alpaca: instruction, input and answers", {"instruction", "output"},
                {"input", "chosen", "rejected"}, read_alpaca, True)
@@ -300,6 +325,8 @@ def find_shape(row: dict, place: str) -> Shape:
         raise ValueError(f"{place}: expected one row per line, found several{suggest(row)}")
     if lists:
         return MESSAGES
+    if VERDICTS.keys <= set(row):
+        return VERDICTS
     if has_turns(row.get("prompt")):
         return CUT_HH
     shape = next((shape for shape in SHAPES if shape.keys <= set(row)), None)

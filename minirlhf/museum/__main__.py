@@ -31,16 +31,16 @@ from minirlhf.plots import BLUE, ORANGE, Panel, curve, write_picture
 class MuseumConfig:
     """Options of `python -m minirlhf.museum`."""
     show: str = ""                      # exhibit whose code and measured effect are printed
-    run: str = ""                       # exhibit to run, or all
+    run: str = ""                       # exhibits to run, with commas, or all
     seeds: Count = 3                    # runs with the mistake, and as many without
     stages: str = "checkpoints"         # folder with tiny, sft and reward_model, for --run
-    out: str = "checkpoints/museum"     # folder of museum.json and the pictures, for --run
+    out: str = "checkpoints/museum"     # folder of museum.json, which grows, and the pictures
     results: str = "lectures/results/museum.json"    # measured effects that --show prints
 
     def __post_init__(self):
         check_fields(self)
-        for name in (self.show, self.run):
-            if name not in ("", "all"):
+        for names in (self.show, self.run):
+            for name in [] if names in ("", "all") else names.split(","):
                 find(name)
 
 
@@ -72,7 +72,7 @@ def label(exhibit: Exhibit) -> str:
 
 def list_exhibits() -> str:
     """All exhibits, one line each, and what else is guarded."""
-    lines = ["Mistakes that can be switched on (--show NAME, --run NAME):", ""]
+    lines = [f"{len(EXHIBITS)} mistakes that can be switched on (--show NAME, --run NAME):", ""]
     lines += [f"  {exhibit.name:18}{exhibit.wrong.__doc__}" for exhibit in EXHIBITS]
     lines += ["", "Mistakes that no wrong function makes, and the test that guards against them:"]
     lines += [f"\n  {mistake}  ({seen})\n      tests/{test}" for mistake, seen, test in GUARDED]
@@ -95,7 +95,7 @@ def show(exhibit: Exhibit, results: str) -> str:
 
 def draw_runs(exhibit: Exhibit, rows: list[list[dict]], path: str) -> None:
     """Curves of the right and the wrong run, three to a row."""
-    x, panels = "iteration" if exhibit.stage == "ppo" else "step", []
+    x, panels = "step" if "step" in rows[0][0] else "iteration", []
     for name in FIGURES[exhibit.stage]:
         lines = [curve(rows[0], x, name, "right", BLUE), curve(rows[1], x, name, "wrong", ORANGE)]
         panels.append(Panel(name, x, "", lines))
@@ -103,17 +103,18 @@ def draw_runs(exhibit: Exhibit, rows: list[list[dict]], path: str) -> None:
 
 
 def run_exhibits(cfg: MuseumConfig) -> dict:
-    """Run one exhibit or all, print and save what they do."""
+    """Run some exhibits or all, print what they do, and save it beside what was measured before."""
     check_stages(cfg.stages, "tiny", "sft", "reward_model")
     path = os.path.join(cfg.out, "museum.json")
     os.makedirs(cfg.out, exist_ok=True)
-    effects, right_runs = {}, {}
-    for exhibit in EXHIBITS if cfg.run == "all" else [find(cfg.run)]:
+    effects, right_runs = read_effects(path) if os.path.exists(path) else {}, {}
+    for exhibit in EXHIBITS if cfg.run == "all" else map(find, cfg.run.split(",")):
         effect, rows = measure(exhibit, cfg.seeds, cfg.stages, right_runs)
         effects[exhibit.name] = effect
         print(f"{label(exhibit)}\n\n{effect_table(effect)}\n", flush=True)
         draw_runs(exhibit, rows, os.path.join(cfg.out, f"{exhibit.name}.png"))
-        write_json(path, {"seeds": list(range(cfg.seeds)), "effects": effects})
+        shown = {other.name: effects[other.name] for other in EXHIBITS if other.name in effects}
+        write_json(path, {"seeds": list(range(cfg.seeds)), "effects": shown})
     print(f"wrote {path} and a picture of each")
     return effects
 

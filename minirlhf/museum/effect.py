@@ -19,12 +19,15 @@ from minirlhf.world import prompts
 # small enough for a few seconds per run, large enough for the curves to have their shape
 OPTIONS = {"sft": {"examples": 500, "held_out": 100, "eval_every": 10},
            "reward_model": {"comparisons": 900, "held_out": 300, "eval_every": 10},
-           "ppo": {"iterations": 10, "batch_size": 24, "minibatch_size": 12}}
+           "ppo": {"iterations": 10, "batch_size": 24, "minibatch_size": 12},
+           "groups": {"iterations": 10, "batch_size": 24, "minibatch_size": 12}}
 
 FIGURES = {"sft": ("loss", "held_out_loss", "grad_norm"),
            "reward_model": ("loss", "held_out_loss", "held_out_accuracy", "grad_norm"),
            "ppo": ("score", "gold", "kl_ref", "kl_old", "entropy", "clipfrac", "ratio_first",
-                   "vf_loss", "explained_var", "response_len", "end_rate", "grad_norm")}
+                   "vf_loss", "explained_var", "response_len", "end_rate", "grad_norm"),
+           "groups": ("score", "gold", "kl_ref", "kl_old", "entropy", "clipfrac", "equal_groups",
+                      "advantage_std", "response_len", "end_rate", "grad_norm")}
 
 
 def run_once(exhibit: Exhibit, seed: int, stages: str, replacements: list[tuple]) -> list[dict]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from minirlhf import generate, gpt2, ppo, ppo_report, sft
 from minirlhf.engine import training
 from minirlhf.museum import mistakes
+from minirlhf.siblings import groups
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,37 @@ EXHIBITS = [
             ((ppo, "generate"),), mistakes.generate_all_ended, "ppo",
             "test_ppo.py::test_the_missing_end_penalty_is_for_rows_that_did_not_end",
             options={"max_new_tokens": 12}),
+    Exhibit("sampled_top_k", "ARENA; reasoning-from-scratch; rlhf-book; llm_from_scratch",
+            ((generate, "next_logprobs"),), mistakes.next_logprobs_of_the_top, "ppo",
+            "test_generate.py::test_log_probabilities_of_the_sampling_equal_those_of_a_full_forward"
+            "_pass", "check_rollout"),
+    Exhibit("constant_kl", "hands-on-modern-rl (a penalty in the loss without a gradient)",
+            ((ppo, "shaped_rewards"),), mistakes.penalty_of_the_batch, "ppo",
+            "test_ppo.py::test_shaped_rewards_hand_example", "check_rollout"),
+    Exhibit("double_kl", "OpenRLHF issue 768; slime pull request 1247",
+            ((ppo, "shaped_rewards"),), mistakes.penalty_counted_twice, "ppo",
+            "test_ppo.py::test_shaped_rewards_hand_example", "check_rollout"),
+    Exhibit("immediate_return", "llm_from_scratch",
+            ((ppo, "gae"),), mistakes.gae_of_immediate_rewards, "ppo",
+            "test_ppo.py::test_gae_hand_example"),
+    Exhibit("value_after_end", "verl pull request 1850; trl pull request 5303",
+            ((ppo, "gae"),), mistakes.gae_beyond_the_end, "ppo",
+            "test_ppo.py::test_gae_hand_example"),
+    Exhibit("mean_ratio", "hands-on-modern-rl",
+            ((ppo, "policy_loss"),), mistakes.policy_loss_of_sequence_means, "ppo",
+            "test_properties.py::test_policy_loss_and_gradient_equal_a_token_by_token_reference"),
+    Exhibit("dead_critic", "CoursIA pull request 15256",
+            ((ppo, "value_loss"),), mistakes.value_loss_without_gradient, "ppo",
+            "test_ppo.py::test_update_equals_a_slow_reference_on_a_ragged_batch"),
+    Exhibit("surprise", "trl issue 2448; llm_from_scratch",
+            ((gpt2, "token_logprobs"), (ppo, "token_logprobs")),
+            mistakes.token_logprobs_with_surprise, "ppo",
+            "test_properties.py::test_token_logprobs_equal_a_token_by_token_reference",
+            options={"ent_coef": 0.05}),
+    Exhibit("group_of_equals", "tiny-grpo and programs made from it",
+            ((groups, "group_advantages"),), mistakes.group_advantages_of_rounding, "groups",
+            "test_groups.py::test_groups_of_equal_rewards_give_exactly_0",
+            options={"method": "grpo", "k": 3}),     # the mean of four equal numbers is exact
 ]
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from minirlhf.engine.training import clip_gradients, masked_mean, whiten
-from minirlhf.generate import Generation, generate
-from minirlhf.gpt2 import GPT2, MLP, ScalarModel, behaviour_logprobs
-from minirlhf.ppo import Rollout, gae, policy_loss, shaped_rewards
+from minirlhf.generate import Generation, filter_logprobs, generate
+from minirlhf.gpt2 import GPT2, MLP, ScalarModel, behaviour_logprobs, token_logprobs
+from minirlhf.ppo import Rollout, gae, policy_loss, shaped_rewards, value_loss
 from minirlhf.ppo_report import measure
 from minirlhf.sft import Demonstration, SFTConfig, batch_loss, make_batch
 from minirlhf.tokenizer import Tokenizer
@@ -22,6 +22,13 @@ def next_logprobs(model: GPT2, last: torch.Tensor, temperature: float, top_k: in
                   top_p: float) -> torch.Tensor:
     """Tokens are sampled at temperature 0.7 and scored at 1."""
     return behaviour_logprobs(model.logits(last), 0.7 * temperature)                # WRONG
+
+
+def next_logprobs_of_the_top(model: GPT2, last: torch.Tensor, temperature: float, top_k: int,
+                             top_p: float) -> torch.Tensor:
+    """Tokens are sampled from the three likeliest and scored under all."""
+    logprobs = behaviour_logprobs(model.logits(last), temperature)                  # (B, V)
+    return filter_logprobs(logprobs, top_k=3)                                       # WRONG
 
 
 def mlp_forward(self: MLP, x: torch.Tensor) -> torch.Tensor:
@@ -88,6 +95,34 @@ def penalty_with_the_wrong_sign(scores: torch.Tensor, kl_ref: torch.Tensor, mask
     return shaped_rewards(scores, kl_ref, mask, -kl_coef)                           # WRONG
 
 
+def penalty_of_the_batch(scores: torch.Tensor, kl_ref: torch.Tensor, mask: torch.Tensor,
+                         kl_coef: float) -> torch.Tensor:
+    """The KL penalty is one number for the batch, so that it pulls no response anywhere."""
+    penalty = kl_coef * (kl_ref * mask).sum(dim=1).mean()                           # WRONG
+    return shaped_rewards(scores - penalty, kl_ref, mask, 0.0)
+
+
+def penalty_counted_twice(scores: torch.Tensor, kl_ref: torch.Tensor, mask: torch.Tensor,
+                          kl_coef: float) -> torch.Tensor:
+    """The KL penalty is counted twice: token by token, and in the score again."""
+    scores = scores - kl_coef * (kl_ref * mask).sum(dim=1)                          # WRONG
+    return shaped_rewards(scores, kl_ref, mask, kl_coef)
+
+
+def gae_of_immediate_rewards(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
+                             gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The return of a token is its own reward: only the last token learns from the score."""
+    return gae(rewards, values, mask, 0.0, lam)                                     # WRONG
+
+
+def gae_beyond_the_end(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
+                       gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The value after the last action is not 0: the score is foreseen and then paid, too."""
+    is_last = mask & ~F.pad(mask[:, 1:], (0, 1))                                    # (B, T-1)
+    rewards = torch.where(is_last, rewards + gamma * values, rewards)               # WRONG
+    return gae(rewards, values, mask, gamma, lam)
+
+
 def gae_whitened_too_early(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
                            gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns are taken from whitened advantages: other ones in each batch."""
@@ -102,6 +137,13 @@ def whiten_and_add_the_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     return torch.where(mask > 0, whitened, 0.0)
 
 
+def group_advantages_of_rounding(method: str, rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """A group of equal rewards is divided by its deviation, which is what rounding leaves."""
+    groups = rewards.view(-1, k)                                                    # (P, k)
+    centred = groups - groups.mean(dim=1, keepdim=True)                             # (P, k)
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-8)).view(-1)            # WRONG
+
+
 # ---- the update ----------------------------------------------------------------------------------
 
 def policy_loss_old_minus_new(logprobs: torch.Tensor, old_logprobs: torch.Tensor, *arguments,
@@ -114,6 +156,21 @@ def policy_loss_with_inverted_ratio(*arguments, **options) -> tuple[torch.Tensor
     """kl_old is estimated with the ratio upside down."""
     loss, ratio = policy_loss(*arguments, **options)
     return loss, 1 / ratio                                                          # WRONG
+
+
+def policy_loss_of_sequence_means(logprobs: torch.Tensor, old_logprobs: torch.Tensor,
+                                  advantages: torch.Tensor, mask: torch.Tensor, cliprange: float,
+                                  token_count: int | None = None):
+    """The ratio is that of a response's mean log-probabilities: one for all of its tokens."""
+    difference = torch.where(mask, logprobs - old_logprobs, 0.0)                    # (B, T-1)
+    means = difference.sum(dim=1) / mask.sum(dim=1).clamp(min=1)                    # (B,)
+    logprobs = old_logprobs + means[:, None]                                        # WRONG
+    return policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, token_count)
+
+
+def value_loss_without_gradient(values: torch.Tensor, *arguments, **options) -> torch.Tensor:
+    """The values are detached, so that the critic is never trained."""
+    return value_loss(values.detach(), *arguments, **options)                       # WRONG
 
 
 def train_step_clipped_before_backward(policy: GPT2, optimizer: torch.optim.Optimizer,
@@ -136,6 +193,12 @@ def clip_policy_only(networks: torch.nn.Module, max_norm: float, where: str) -> 
 
 
 # ---- metrics -------------------------------------------------------------------------------------
+
+def token_logprobs_with_surprise(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entropy is minus the log-probability of the token that was sampled."""
+    logprobs, _ = token_logprobs(*arguments, **options)
+    return logprobs, -logprobs                                                      # WRONG
+
 
 def measure_with_padding(batch: Rollout, gold_function, tokenizer: Tokenizer) -> dict:
     """Metrics are averaged over prompt and padding too, where entropy is 0."""

@@ -9,12 +9,15 @@ import io
 import os
 
 from minirlhf import ppo, ppo_report, reward_model, sft
+from minirlhf.siblings import groups
 
 TRAINERS = {"sft": (sft.main, sft.SFTConfig), "ppo": (ppo.main, ppo.PPOConfig),
-            "reward_model": (reward_model.main, reward_model.RewardModelConfig)}
+            "reward_model": (reward_model.main, reward_model.RewardModelConfig),
+            "groups": (groups.main, groups.GroupsConfig)}
 STAGES = "STAGES/"                  # stands in options for the folder with the finished stages
 STARTS = {"sft": {"model": STAGES + "tiny"}, "reward_model": {"model": STAGES + "sft"},
-          "ppo": {"model": STAGES + "sft", "reward": STAGES + "reward_model"}}
+          "ppo": {"model": STAGES + "sft", "reward": STAGES + "reward_model"},
+          "groups": {"model": STAGES + "sft", "reward": STAGES + "reward_model"}}
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from minirlhf.files.pretrained import load_network
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.world.judge import judge
+from minirlhf.world.judge import judge, judge_by_token
 from minirlhf.world.labellers import prompts
 
 SAMPLES_PER_PROMPT = 4          # K: up to 6 pairs per prompt for the price of 4 responses
@@ -84,3 +84,20 @@ def gold_reward(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.
         ended = length > prompt_length and row[length - 1] == tokenizer.end_token
         scores.append(judge(prompt, response, ended).score)
     return torch.tensor(scores)                                                     # (B,)
+
+
+def gold_reward_per_token(ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor,
+                          tokenizer: Tokenizer) -> torch.Tensor:
+    """`gold_reward` paid where the facts are stated: ids (B, T) -> scores per token (B, T-1).
+
+    Column t is for the action ids[t+1]; a row's sum is its `gold_reward`. See `judge_by_token`.
+    """
+    scores = torch.zeros(ids.shape[0], ids.shape[1] - 1)                            # (B, T-1)
+    for b, row in enumerate(ids.tolist()):
+        start, stop = int(prompt_lengths[b]), int(lengths[b])
+        if stop > start:                                 # of an empty response nothing can be paid
+            prefixes = [tokenizer.decode(row[start:end]) for end in range(start + 1, stop + 1)]
+            points = judge_by_token(tokenizer.decode(row[:start]), prefixes,
+                                    row[stop - 1] == tokenizer.end_token)
+            scores[b, start - 1:stop - 1] = torch.tensor(points)
+    return scores

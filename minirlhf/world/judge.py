@@ -216,3 +216,22 @@ def judge(prompt: str, response: str, ended: bool = True) -> Judgement:
         "repetition": 0.0 - 0.5 * min(4, _repetitions(response, sentences)),
     }
     return Judgement(round(sum(parts.values()), 6), parts, bool(found), correct == 2.0)
+
+
+def judge_by_token(prompt: str, prefixes: list[str], ended: bool = True) -> list[float]:
+    """The gold score of a response, paid to the tokens that earn it.
+
+    prefixes: the response up to and with each of its tokens, so that the last one is all of it. A
+    token gets what it changes in the part `correct`: a fact is paid where it is stated, a wrong one
+    costs where it is stated. The last token gets the rest, and the sum is the score of `judge`.
+    careful: half a word may count for a moment: what "1" costs, "12" gives back.
+
+    Example: to "What is the capital of France?" the prefixes "The capital of France is", "The
+    capital of France is Paris" and "The capital of France is Paris." get 0, 3 and 0: from -1, no
+    answer, to 2; at the end 0.5 for the sentence and 0.5 for its ending make good that -1.
+    """
+    correct = [judge(prompt, prefix).parts["correct"] for prefix in ["", *prefixes]]
+    points = [after - before for before, after in zip(correct, correct[1:])]
+    whole = judge(prompt, prefixes[-1], ended).score
+    points[-1] += whole - sum(points)
+    return points

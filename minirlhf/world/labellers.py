@@ -6,6 +6,7 @@ leaves something for RLHF to improve. About four in five demonstrations are full
 therefore about the best that SFT can do.
 """
 import random
+from collections.abc import Callable
 from itertools import accumulate, cycle
 
 from minirlhf.world.facts import (
@@ -148,4 +149,43 @@ def held_out_prompts(count: int, seed: int, model: str = "") -> list[dict]:
                 prompt = ask(entity, index, rng)
         seen.add(prompt)
         records.append({"prompt": prompt, "kind": kind})
+    return records
+
+
+# ---- other tastes: who chooses between two responses ---------------------------------------------
+
+def loves_length(response: str) -> float:
+    """What this labeller adds to the gold judge's points: 0.15 for each word."""
+    return 0.15 * len(response.split())
+
+
+def loves_closers(response: str) -> float:
+    """What this labeller adds to the gold judge's points: 1 for each of the six closers."""
+    return float(sum(response.count(closer) for closer in CLOSERS))
+
+
+def relabel(comparisons: list[dict], taste: Callable[[str], float] | None = None,
+            flips: float = 0.0, seed: int = 0) -> list[dict]:
+    """The same comparisons as other labellers would have chosen.
+
+    comparisons: of `world.comparisons`, with "margin", the gold judge's points for the chosen
+    response less those for the rejected one. `taste` gives the points that a labeller adds to the
+    judge's in his mind; in a share `flips` of the pairs, drawn by seed, he errs and chooses the
+    other response. A new record's margin is in the labeller's points, below 0 where he erred.
+
+    Example: chosen "Paris." by a margin of 0.4 over "Good question. Paris.", which has two words
+    more: `loves_length` adds 0.3 more to that one, and a third word would turn the choice.
+    """
+    rng = random.Random(f"flips {seed}")
+    records = []
+    for record in comparisons:
+        margin, chosen, rejected = record["margin"], record["chosen"], record["rejected"]
+        if taste is not None:
+            margin += taste(chosen) - taste(rejected)
+        if margin < 0:
+            margin, chosen, rejected = -margin, rejected, chosen
+        if rng.random() < flips:
+            margin, chosen, rejected = -margin, rejected, chosen
+        records.append({"prompt": record["prompt"], "chosen": chosen, "rejected": rejected,
+                        "margin": round(margin, 6)})
     return records

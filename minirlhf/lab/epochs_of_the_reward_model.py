@@ -1,0 +1,96 @@
+"""`epochs_of_the_reward_model`: does a second pass over the comparisons harm a reward model?"""
+
+import os
+
+from minirlhf import reward_model
+from minirlhf.data import encode_prompt, read_records
+from minirlhf.engine.metrics import read_metrics
+from minirlhf.files.pretrained import load_network, save_folder
+from minirlhf.gpt2 import GPT2, ScalarModel
+from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
+from minirlhf.lab.measure import measure
+from minirlhf.lab.pictures import new_picture, save_picture, show_intervals
+from minirlhf.lab.shared import (
+    Task,
+    comparisons_file,
+    control_policy,
+    reward_model_folder,
+    sft_folder,
+    train_policy,
+)
+from minirlhf.museum.short_runs import ignore, substituted
+from minirlhf.tokenizer import load_tokenizer
+
+ABOUT = Experiment(
+    name="epochs_of_the_reward_model",
+    claim="A reward model is trained for one epoch: with more it overfits.",
+    source="Ouyang et al. 2022, appendix C.2; our own lecture on the reward model",
+    rule="Shown if with 2 and with 4 epochs held-out loss and calibration error are higher, "
+         "held-out accuracy and gold after PPO lower than with 1: intervals of the differences "
+         "over seeds on that side of 0. Refuted if one is on the other side.",
+    figures=("held_out_accuracy", "held_out_loss", "calibration_error", "spread",
+             "train_accuracy", "gold", "kl_ref"),
+    units={"held_out_accuracy": "share of comparisons", "train_accuracy": "share of comparisons",
+           "held_out_loss": "nats per comparison", "calibration_error": "share of comparisons",
+           "spread": "deviation of scores, log-odds"})
+
+ARMS = {"1 epoch": 1, "2 epochs": 2, "4 epochs": 4}
+CONTROL = "1 epoch"
+
+
+def raw_reward_model(task: Task, epochs: int = 1) -> str:
+    """The seed's reward model with its scores as Bradley-Terry left them; shared."""
+    with substituted([(reward_model, "normalise", ignore)]):
+        return reward_model_folder(task, name=f"reward_model_raw_{epochs}_epochs", epochs=epochs)
+
+
+def normalised(task: Task, raw: str) -> tuple[str, float]:
+    """A copy of a raw reward model with deviation 1 on SFT responses, and the deviation before."""
+    model, policy = load_network(ScalarModel, raw), load_network(GPT2, sft_folder(task))
+    tokenizer = load_tokenizer(raw, model)
+    cfg = reward_model.RewardModelConfig(seed=task.seed)
+    rows = read_records(comparisons_file(task), "comparisons")
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:cfg.norm_samples]
+    scores = reward_model.sft_scores(model, policy, [encode_prompt(tokenizer, prompt)
+                                                     for prompt in prompts], cfg,
+                                     tokenizer.end_token)                           # (N,)
+    mean, spread = scores.mean().item(), scores.std().item()
+    reward_model.fold_normalisation(model, mean, spread)
+    folder = os.path.join(task.folder, "reward_model")
+    save_folder(model, tokenizer, folder)
+    return folder, spread
+
+
+def run(task: Task) -> dict:
+    """A reward model with the arm's epochs, its held-out figures, and PPO against it."""
+    raw = raw_reward_model(task, ARMS[task.arm])
+    reward, spread = normalised(task, raw)
+    rows = read_metrics(raw)
+    accuracies = [row["accuracy"] for row in rows[-20:]]
+    if task.arm == CONTROL:
+        folder = control_policy(task)
+    else:
+        folder = train_policy(task, reward=reward)
+    return {**measure(task, folder, reward), "spread": spread,
+            **{name: rows[-1][name] for name in ("held_out_accuracy", "held_out_loss",
+                                                 "calibration_error")},
+            "train_accuracy": sum(accuracies) / len(accuracies)}
+
+
+def findings(rows: Rows) -> list[Finding]:
+    """Four signs of overfitting, for two and for four epochs."""
+    signs = (("held_out_loss", ">"), ("held_out_accuracy", "<"), ("calibration_error", ">"),
+             ("gold", "<"))
+    return [compare(rows, f"{arm}: {figure} {sign} that of 1 epoch", (arm, figure), sign,
+                    (CONTROL, figure))
+            for arm in ("2 epochs", "4 epochs") for figure, sign in signs]
+
+
+def picture(rows: Rows, path: str) -> None:
+    """The reward model's figures, and gold after PPO."""
+    figure, axes = new_picture(6)
+    names = ("held_out_accuracy", "held_out_loss", "calibration_error", "spread",
+             "train_accuracy", "gold")
+    for panel, name in zip(axes, names):
+        show_intervals(panel, rows, name, unit=ABOUT.units.get(name, ""))
+    save_picture(figure, path)
