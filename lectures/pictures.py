@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,6 +326,49 @@ def gallery() -> Figure:
     return figure
 
 
+def explained_tables(text: str) -> list[dict[str, list[str]]]:
+    """The tables that `python -m minirlhf.explain` prints: column name -> its cells, as text.
+
+    The lines of sums are left out.
+    """
+    tables = []
+    for block in re.findall(r"^    token .*\n(?:    \S+(?:  +\S+)+\n)+", text, re.M):
+        header, *rows = [line.split() for line in block.splitlines()]
+        rows = [row for row in rows if row[0] != "sum" and len(row) == len(header)]
+        tables.append({name: list(cells) for name, cells in zip(header, zip(*rows))})
+    return tables
+
+
+def one_response() -> Figure:
+    """The stored response of lecture 5: probabilities, what the critic says, advantages."""
+    sampled, _, credited, _, _ = explained_tables(
+        (RESULTS / "explain.txt").read_text(encoding="utf-8"))
+    tokens = [token.replace("_", " ").replace("<|endoftext|>", "end") for token in sampled["token"]]
+    places = list(range(len(tokens)))
+    figure, panels = new_figure(10.5, 3.1, 3)
+    for shift, name, colour, words in ((-0.2, "old_logprobs", BLUE, "policy"),
+                                       (0.2, "ref_logprobs", "#999999", "reference")):
+        panels[0].bar([x + shift for x in places],
+                      [math.exp(float(number)) for number in sampled[name]], 0.38, color=colour,
+                      label=words)
+    panels[0].set_ylim(0, 1.3)
+    panels[0].set_title("probability of the token", fontsize=11, loc="left")
+    for name, colour, mark in (("old_values", GREEN, "o"), ("returns", ORANGE, "s")):
+        panels[1].plot(places, [float(number) for number in credited[name]], color=colour,
+                       marker=mark, markersize=5, label=name)
+    panels[1].set_ylim(0, 1.3)
+    panels[1].set_title("what the critic says, and should", fontsize=11, loc="left")
+    for shift, name, colour in ((-0.2, "delta", PINK), (0.2, "unwhitened", BLUE)):
+        panels[2].bar([x + shift for x in places], [float(number) for number in credited[name]],
+                      0.38, color=colour, label={"unwhitened": "advantage"}.get(name, name))
+    panels[2].axhline(0, color="#777777", linewidth=0.8)
+    panels[2].set_title("surprise, and what GAE makes of it", fontsize=11, loc="left")
+    for axes, columns, place in zip(panels, (2, 1, 1), ("upper left", "lower left", "upper left")):
+        axes.set_xticks(places, tokens, fontsize=9)
+        axes.legend(fontsize=9, frameon=False, loc=place, ncols=columns)
+    return figure
+
+
 def gold_over_kl() -> Figure:
     """Score and gold over the square root of the KL, of the run without a penalty."""
     curves = read_curves("hacked.csv")
@@ -342,7 +386,7 @@ def gold_over_kl() -> Figure:
 PICTURES: dict[str, Callable[[], Figure]] = {
     "alignment": alignment, "networks": networks, "kv_cache": kv_cache, "beta": beta,
     "gae": surprise, "clip": clip, "calibration": calibration, "hacked": hacked,
-    "gallery": gallery,
+    "gallery": gallery, "one_response": one_response,
     "gold_over_kl": gold_over_kl}
 
 

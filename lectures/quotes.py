@@ -18,13 +18,19 @@ What the laboratory measured comes after
     <!-- lab: beta -->          claim, verdict, table, findings and picture of lectures/results/lab
     <!-- verdict: beta -->      claim and verdict only, for a second place
 
-and ends with `<!-- end -->`. As long as there is no stored result the comment stands alone.
+and a table of `minirlhf.benchmark` after
+
+    <!-- benchmark: benchmark_gpu limits -->
+
+Both end with `<!-- end -->`. As long as there is no stored result the comment stands alone.
 """
 
 import argparse
 import ast
+import importlib
 import json
 import re
+import sys
 import textwrap
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -35,6 +41,8 @@ REPOSITORY = FOLDER.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 RESULT = re.compile(r"^<!-- (lab|verdict): (\w+) -->\n"
                     r"((?:(?!<!-- (?:lab|verdict): ).)*?<!-- end -->\n)?", re.M | re.S)
+BENCHMARK = re.compile(r"^<!-- benchmark: (\w+) (\w+) -->\n"
+                       r"(?:\n(?:(?!<!-- benchmark: ).)*?^<!-- end -->\n)?", re.M | re.S)
 MARK = re.compile(r"^<!-- (code|tour|output|stored)(?:: (.*?))? -->\n\Z", re.M)
 
 
@@ -186,7 +194,8 @@ def interval(figure: dict, sign: str = "") -> str:
 
     Example: {"mean": 1.234, "low": 1, "high": 1.5} gives "1.23 [1.00, 1.50]".
     """
-    mean, low, high = (f"{figure[end] + 0.0:{sign}.2f}" for end in ("mean", "low", "high"))
+    mean, low, high = (f"{round(figure[end], 2) + 0.0:{sign}.2f}"      # + 0.0: no -0.00
+                       for end in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
@@ -203,7 +212,19 @@ def renew_results(lecture: str, folder: Path = FOLDER / "results" / "lab") -> tu
             changes.append(f"{mark[1]}: {mark[2]}: the stored result says something else")
         return text
 
-    return RESULT.sub(stored, lecture), changes
+    def tables(mark: re.Match) -> str:
+        path = folder.parent / f"{mark[1]}.json"
+        text = f"<!-- benchmark: {mark[1]} {mark[2]} -->\n"
+        if path.exists():
+            sys.path.insert(0, str(REPOSITORY))          # when this file runs as a script
+            report = importlib.import_module("minirlhf.benchmark.report")
+            result = json.loads(path.read_text(encoding="utf-8"))
+            text += f"\n{getattr(report, f'{mark[2]}_table')(result)}\n\n<!-- end -->\n"
+        if text != mark[0]:
+            changes.append(f"benchmark: {mark[1]} {mark[2]}: the stored result says something else")
+        return text
+
+    return BENCHMARK.sub(tables, RESULT.sub(stored, lecture)), changes
 
 
 def main() -> int:

@@ -4,9 +4,9 @@
     python -m minirlhf.plots RUN_FOLDER... --out compared.png
     python -m minirlhf.plots --sft "" --reward_models "" --ppo seed0/ppo,seed1/ppo,seed2/ppo
 
-In:  stage folders, finished or not; an empty name leaves a stage out. Several runs of a stage are
-     drawn into the same panels. Three or more that differ only by their seed are one line, their
-     mean, in a band from the lowest to the highest. Out: a PNG of 1200 pixels width.
+In:  stage folders, finished or not; an empty name leaves a stage out. Runs of a stage share their
+     panels. Three or more that differ only by their seed are one line, their mean, in a band from
+     the lowest to the highest. Out: a PNG of 1200 pixels width, over no file of somebody else.
 
 How to read the PPO panels: score is what PPO climbs, gold is what we want. While both rise, all is
 well; where gold turns down and score does not, the policy fools its reward model. kl_ref says how
@@ -41,7 +41,7 @@ from minirlhf.engine.options import (
     printable,
     split_folders,
 )
-from minirlhf.engine.output import RUN_FILE
+from minirlhf.engine.output import RUN_FILE, check_output_file
 from minirlhf.files.disk import read_json, write_atomically
 
 # Colours that stay apart for colour-blind readers: Okabe and Ito 2008, "Color Universal Design".
@@ -385,8 +385,8 @@ def by_stage(folders: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 def main(cfg: PlotsConfig) -> str:
     """Write the picture; returns its path."""
-    folders = [[name for name in split_folders(names) if name]
-               for names in (cfg.sft, cfg.reward_models, cfg.ppo)]
+    check_output_file(cfg.out, b"tEXtSoftware\0Matplotlib", "picture")
+    folders = [[*filter(None, split_folders(x))] for x in (cfg.sft, cfg.reward_models, cfg.ppo)]
     if cfg.runs:
         folders = by_stage(split_folders(cfg.runs))
     draw_panels(all_panels(*folders), cfg.out)

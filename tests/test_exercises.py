@@ -261,6 +261,17 @@ def test_what_goes_wrong_in_a_file_is_said_in_one_sentence(tmp_path, text, words
         check_text(tmp_path, find("gelu"), text, seconds=1.0)
 
 
+def test_a_file_that_is_no_text_is_named_and_the_mark_of_an_editor_is_no_error(tmp_path):
+    path, name = tmp_path / "gelu.py", "names 1, a\ufffd with"
+    for data in (b"x = 'caf\xe9'\n", b"x = '\0'\n"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="gelu.py: not Python"):
+            checking.check_file(find("gelu"), str(path))
+    path.write_text("def gelu(x):\n    return {1: x, 'a\\x1b': x}\n", encoding="utf-8-sig")
+    right, text = checking.check_file(find("gelu"), str(path))
+    assert not right and name in text
+
+
 def test_after_an_endless_loop_ctrl_c_is_what_it_was(tmp_path):
     import signal
     before = signal.getsignal(signal.SIGINT)
@@ -376,9 +387,9 @@ def test_recording_runs_the_healthy_run_and_the_bugs(monkeypatch, tmp_path):
 # ---- the command ---------------------------------------------------------------------------------
 
 def test_a_stub_is_written_once_and_never_over_a_file(tmp_path, capsys):
-    folder = tmp_path / "mine"
+    folder = tmp_path / "my work"
     assert main(ExercisesConfig(name="gae", folder=str(folder)))
-    assert f"--check gae --folder {folder}" in capsys.readouterr().out
+    assert f"--check gae --folder '{folder}'\n" in capsys.readouterr().out
     (folder / "gae.py").write_text("my work")
     with pytest.raises(ValueError, match="is there already and is left as it is"):
         main(ExercisesConfig(name="gae", folder=str(folder)))
@@ -397,7 +408,7 @@ def test_hints_and_solutions_of_all_are_printed(capsys):
     ({"name": "nothing"}, "there is no exercise 'nothing'"),
     ({"name": "gae", "check": "gae"}, "expected one of"),
     ({"name": "gae", "answer": "3"}, "--answer goes with --check"),
-    ({"folder": " "}, "--folder is empty")])
+    ({"folder": " "}, "--folder is empty"), ({"folder": __file__}, "a file; expected the name")])
 def test_options_that_make_no_sense_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         ExercisesConfig(**options)

@@ -18,6 +18,7 @@ from helpers import (
 )
 
 from lectures import quotes
+from lectures.pictures import explained_tables
 from minirlhf import ppo
 from minirlhf.data import read_prompts
 from minirlhf.engine import training
@@ -48,20 +49,10 @@ def config(**options) -> ExplainConfig:
         **options})
 
 
-def tables(text: str) -> list[dict[str, list[str]]]:
-    """The tables of the text: column name -> its cells; the lines of sums are left out."""
-    found = []
-    for block in re.findall(r"^    token .*\n(?:    \S+(?:  +\S+)+\n)+", text, re.M):
-        header, *rows = [line.split() for line in block.splitlines()]
-        rows = [row for row in rows if row[0] != "sum" and len(row) == len(header)]
-        found.append({name: list(cells) for name, cells in zip(header, zip(*rows))})
-    return found
-
-
 @pytest.mark.parametrize("run", ["of a run", ""])
 def test_the_numbers_printed_are_those_of_the_tensors(run, capsys):
     seen = main(config() if run else config(run=""))
-    sampled, scored, credited, first, last = tables(capsys.readouterr().out)
+    sampled, scored, credited, first, last = explained_tables(capsys.readouterr().out)
     mask, row = seen["row"].response_mask[0], seen["row"]
     kl_ref = row.kl_ref[0]
     expected = [
@@ -149,7 +140,7 @@ def test_the_losses_of_tokens_have_the_mean_and_the_gradient_of_the_loss(shift, 
 
 def test_words_say_where_a_token_goes(capsys):
     main(config(lr=0.05, response=1))
-    last = tables(capsys.readouterr().out)[-1]
+    last = explained_tables(capsys.readouterr().out)[-1]
     assert "clipped" in last["goes"]
     for slope, word in zip(last["slope"], last["goes"]):
         number = float(slope)
@@ -199,11 +190,19 @@ def test_the_lecture_tells_the_stored_output_word_for_word():
     assert places == sorted(places)
 
 
+def test_the_stored_output_has_the_lines_that_the_command_prints_today(capsys):
+    main(config())
+    printed, stored = (
+        [re.sub(r"-?\d[\d.e-]*", "#", line) for line in text.splitlines() if line[:1] != " "]
+        for text in (capsys.readouterr().out, STORED.read_text(encoding="utf-8")))
+    assert printed == stored
+
+
 def test_the_numbers_of_the_stored_output_fit_one_another():
     text = STORED.read_text(encoding="utf-8")
     sampled, scored, credited, first, last = (
         {name: cells if name in ("token", "goes") else [float(cell) for cell in cells]
-         for name, cells in table.items()} for table in tables(text))
+         for name, cells in table.items()} for table in explained_tables(text))
     near = functools.partial(pytest.approx, abs=0.0025)
     score = float(re.search(r"penalty 0.000: scores (-?[\d.]+)", text)[1])
     for old, ref, kl in zip(sampled["old_logprobs"], sampled["ref_logprobs"], scored["kl_ref"]):

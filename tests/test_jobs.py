@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -28,8 +29,14 @@ def fail_or_wait(what: str) -> str:
         raise ValueError("a sentence")
     if what == "die":
         os._exit(3)
+    if what == "lock":
+        return threading.Lock()                          # which no other process can have
     time.sleep(60)
     return what
+
+
+def print_anything(number: int) -> None:
+    print("caf\u00e9, not ended", end="")
 
 
 def stop_when_asked(folder: str) -> None:
@@ -61,13 +68,52 @@ def test_one_job_or_one_core_needs_no_other_process(names, cores, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("what, kind, sentence", [("fail", ValueError, "a sentence"),
-                                                  ("die", RuntimeError, "ended with code 3")])
+@pytest.mark.parametrize("what, kind, sentence", [
+    ("fail", ValueError, "a sentence"), ("die", ChildProcessError, "ended with code 3"),
+    ("lock", TypeError, "cannot pickle")])
 def test_the_error_of_a_job_ends_the_others_and_is_raised(what, kind, sentence):
     started = time.perf_counter()
     with pytest.raises(kind, match=sentence):
         run_jobs(fail_or_wait, {"one": ("wait",), "two": (what,)})
     assert time.perf_counter() - started < 50
+
+
+@posix
+def test_what_jobs_print_is_not_lost_and_no_console_stops_them(capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    run_jobs(print_anything, {"one": (1,), "two": (2,)})
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines)[-2:] == ["one: caf?, not ended", "two: caf?, not ended"]
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_jobs_that_are_not_ready_yet(number, monkeypatch, capfd):
+    collect = jobs.collect
+
+    def collect_after_a_signal(*arguments):              # the others still import torch
+        os.kill(os.getpid(), number)
+        return collect(*arguments)
+
+    monkeypatch.setattr(jobs, "collect", collect_after_a_signal)
+    with pytest.raises(Stopped) as stop:
+        run_jobs(fail_or_wait, {"one": ("wait",), "two": ("wait",)})
+    assert stop.value.signal == number and "Traceback" not in capfd.readouterr().err
+
+
+@posix
+def test_a_signal_that_comes_too_late_for_the_jobs_is_not_lost(monkeypatch):
+    collect = jobs.collect
+
+    def collect_after_a_signal(workers, came):
+        for process in workers.values():
+            process.join()
+        os.kill(os.getpid(), signal.SIGINT)
+        return collect(workers, came)
+
+    monkeypatch.setattr(jobs, "collect", collect_after_a_signal)
+    with pytest.raises(Stopped):
+        run_jobs(describe, {"one": (1,), "two": (2,)})
 
 
 PROGRAM = """
@@ -84,7 +130,7 @@ if __name__ == "__main__":
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, 9])    # 9: no SIGKILL on Windows
 def test_signals_reach_the_jobs_and_none_outlives_its_parent(number, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
@@ -96,7 +142,7 @@ def test_signals_reach_the_jobs_and_none_outlives_its_parent(number, tmp_path):
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=50)
-    assert number == signal.SIGKILL or f"stopped by {number}" in output
+    assert number == 9 or f"stopped by {number}" in output
     for name in os.listdir(tmp_path / "running"):
         until = time.time() + 20
         while os.path.exists(f"/proc/{name}") and time.time() < until:

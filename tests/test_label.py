@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,6 +172,16 @@ def test_labels_of_a_file_train_a_reward_model_as_they_are(tmp_path, capsys):
     assert "reward_model --data " in output and "--held_out 1 --epochs 20" in output
 
 
+def test_the_next_command_can_be_typed_and_starts_from_the_policy_that_was_judged(tmp_path, capsys):
+    model = save_folder(toy_model(0, n_positions=64), str(tmp_path / "my sft"))
+    cfg = LabelConfig(answers="sampled", a=model, b=model, prompts=write_data(tmp_path), pairs=12,
+                      max_new_tokens=6, out=str(tmp_path / "my labels"))
+    main(cfg, by_text(""))
+    command = shlex.split(capsys.readouterr().out.rpartition("next, ")[2].partition(":  ")[2])
+    assert command[command.index("--data") + 1] == os.path.join(cfg.out, FILE)
+    assert command[command.index("--model") + 1] == model
+
+
 def test_the_options_for_few_labels_fit_that_many():
     for choices in (2, 20, 60, 200, 600, 5000):
         options = few_labels(choices)
@@ -233,9 +244,12 @@ def test_a_folder_or_file_of_somebody_else_is_not_touched(tmp_path):
     os.makedirs(cfg.out)
     notes = Path(cfg.out, "notes.txt")
     notes.write_text("mine")
+    Path(cfg.out, ".lock").write_text("")
     with pytest.raises(ValueError, match="holds .'notes.txt'. and no verdicts.jsonl"):
         main(cfg, by_text("good"))
-    assert os.listdir(cfg.out) == ["notes.txt"]
+    assert sorted(os.listdir(cfg.out)) == [".lock", "notes.txt"]
+    with pytest.raises(ValueError, match="notes.txt is a file, expected the name of a folder"):
+        main(stored(tmp_path, out=str(notes)), by_text("good"))
     notes.rename(Path(cfg.out, FILE))
     with pytest.raises(ValueError, match="verdicts.jsonl:1: expected a verdict"):
         main(cfg, by_text("good"))

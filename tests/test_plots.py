@@ -112,6 +112,12 @@ def test_pictures_have_one_row_for_three_panels(tmp_path):
     assert width == 1200 and abs(height - 1360) <= 1     # some versions of matplotlib round down
     main(PlotsConfig(sft=sft, reward_models="", ppo="", out=str(tmp_path / "sft.png")))
     assert size_of(tmp_path / "sft.png") == (1200, 340)
+    main(PlotsConfig(sft=sft, reward_models="", ppo="", out=str(tmp_path / "sft.png")))     # again
+    for name, data in (("mine.png", b"my drawing"), ("empty.png", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} is there and no picture of minirlhf"):
+            main(PlotsConfig(sft=sft, reward_models="", ppo="", out=str(tmp_path / name)))
+        assert (tmp_path / name).read_bytes() == data
 
 
 # ---- several runs --------------------------------------------------------------------------------

@@ -89,6 +89,28 @@ def test_samples_are_scored_row_by_row_also_in_several_batches(monkeypatch):
     assert len({tuple(response) for response in samples.responses}) > 10
 
 
+def test_a_reward_per_token_counts_with_its_sum():
+    def per_token(ids, prompt_lengths, lengths, tokenizer):
+        return 1.0 * (torch.arange(ids.shape[1] - 1) >= 0).expand(len(ids), -1)
+
+    cfg = rejection_config(missing_end_penalty=2.0)
+    samples = collect(load_network(GPT2, cfg.model), per_token, None, toy_tokenizer(),
+                      ragged_prompts(6), cfg, 0)
+    expected = [len(response) - 2.0 * (not ended)
+                for response, ended in zip(samples.responses, samples.ended)]
+    assert samples.scores.tolist() == expected
+
+
+def test_all_kept_responses_are_passed_equally_often_when_some_prompts_were_dropped(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sft, "train_step", lambda policy, optimizer, rows, *rest:
+                        (seen.extend(rows), (0.0, 0.0))[1])
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "peak": 1e-3}])
+    cfg = rejection_config(epochs=2, batch_size=4, prompts_per_round=16)
+    rejection.train(None, optimizer, list(range(12)), cfg, END, number=1)    # 3 batches, not 4
+    assert sorted(seen) == sorted(2 * list(range(12)))
+
+
 # ---- whole runs ----------------------------------------------------------------------------------
 
 def test_the_best_raise_the_score_and_the_control_does_not(tmp_path):

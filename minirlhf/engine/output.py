@@ -51,6 +51,15 @@ def check_output(out: str, command: str, *inputs: str) -> None:
           f"or one with a run of {command}; name another one")
 
 
+def check_output_file(path: str, mark: bytes, kind: str) -> None:
+    """Refuse to write over a file that is not of this kind: it has no `mark` near its beginning."""
+    ours = not os.path.lexists(path)
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            ours = mark in file.read(4096)
+    check(ours, f"--out {path} is there and no {kind} of minirlhf; name another file")
+
+
 def lock_folder(folder: str):
     """Lock `folder`, returning the open lock file; the system releases it however we end.
 

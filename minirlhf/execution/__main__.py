@@ -9,7 +9,7 @@ Lecture: lectures/09-what-came-after.md, "Rewards from execution".
 import time
 from dataclasses import dataclass
 
-from minirlhf.engine.options import one_sentence, parse_config
+from minirlhf.engine.options import one_sentence, parse_config, printable
 from minirlhf.execution.runner import run_answers
 from minirlhf.execution.tasks import ALL_INPUTS, inputs_of, task_of
 
@@ -28,14 +28,15 @@ def main(cfg: ExecutionConfig) -> dict[str, bool]:
     (outcome,) = run_answers([(cfg.answer, ALL_INPUTS)])
     milliseconds = 1000 * (time.perf_counter() - started)
     end = f"{outcome.end} {outcome.why}".strip()
-    print(f"{cfg.prompt}\n{cfg.answer}\n\nthe answer: {end}, in {milliseconds:.0f} ms")
+    print(printable(f"{cfg.prompt}\n{cfg.answer}\n\nthe answer: {end}, in {milliseconds:.0f} ms"))
     verdicts = {}
     for tests in ("few", "many", "hidden"):
         expected = {x: task.value(x) for x in inputs_of(example, tests)}
         verdicts[tests] = outcome.passes(expected)
         print(f"\n{tests} tests: {'passed, paid 1' if verdicts[tests] else 'not passed, paid 0'}")
         for x, value in expected.items():
-            print(f"  f({x}) is {value}; the answer: {outcome.results.get(x, 'no result')}")
+            result = printable(outcome.results.get(x, "no result"))     # it may name its exception
+            print(f"  f({x}) is {value}; the answer: {result}")
     return verdicts
 
 

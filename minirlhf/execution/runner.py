@@ -171,15 +171,16 @@ def run_answer(source: str, inputs: tuple, batch: str) -> Outcome:
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     with tempfile.TemporaryDirectory(prefix="minirlhf-answer-") as folder:
         process = start_harness(folder, {**environment, SWEEP: batch})
-        try:
-            with process.stdin:
-                process.stdin.write(job)
-            data, limit = read_until_end(process)
-        except BrokenPipeError:                          # it ended before it read its job
-            data, limit = process.stdout.read(), ""
-        finally:
-            status = kill_group(process)
-            process.stdout.close()
+    # the folder is gone before the answer comes: no file is made in it, and no kill leaves it
+    try:
+        with process.stdin:
+            process.stdin.write(job)
+        data, limit = read_until_end(process)
+    except BrokenPipeError:                              # it ended before it read its job
+        data, limit = process.stdout.read(), ""
+    finally:
+        status = kill_group(process)
+        process.stdout.close()
     return judge_output(mark, inputs, data, limit, status)
 
 

@@ -13,6 +13,7 @@ In:  with --check your file, which is executed. Out: text; a stub, never over a 
 """
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ class ExercisesConfig:
               "expected one of: a name, --check, --hint, --solution")
         check(not self.answer or bool(self.check), "--answer goes with --check NAME")
         check(bool(self.folder.strip()), "--folder is empty, expected the name of a folder")
+        check(os.path.isdir(self.folder) or not os.path.lexists(self.folder), "--folder is "
+              f"{self.folder!r}, a file; expected the name of a folder")
 
 
 def find(name: str) -> Code | Question:
@@ -81,7 +84,7 @@ def begin(exercise: Code | Question, folder: str) -> str:
     check(not os.path.lexists(path), f"{path} is there already and is left as it is; go on with "
           "it, move it away, or name another --folder")
     write_atomically(path, stub(exercise).encode("utf-8"))
-    where = "" if folder == ExercisesConfig.folder else f" --folder {folder}"
+    where = "" if folder == ExercisesConfig.folder else f" --folder {shlex.quote(folder)}"
     return (f"wrote {path}; write the body of the function, then run\n"
             f"  python -m minirlhf.exercises --check {exercise.name}{where}")
 

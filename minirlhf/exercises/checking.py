@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from minirlhf.engine.functions import call
-from minirlhf.engine.options import check, under_debugger
+from minirlhf.engine.options import check, printable, under_debugger
 from minirlhf.exercises.exercise import Code, Question, folded
 
 CASES = 12                          # random cases
@@ -111,12 +111,14 @@ def run_attempt(path: str, function, *arguments):
 
 def load_attempt(path: str, name: str):
     """Run the student's file; returns the function of that name."""
-    with open(path, encoding="utf-8") as file:
-        source = file.read()
     try:
-        code = compile(source, path, "exec")
+        with open(path, encoding="utf-8-sig") as file:   # some editors put a mark before the text
+            code = compile(file.read(), path, "exec")
     except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not Python: {error.msg}") from None
+        place = f"{path}, line {error.lineno}" if error.lineno else path
+        raise ValueError(f"{place}: not Python: {error.msg}") from None
+    except ValueError as error:                          # of another encoding, or null bytes
+        raise ValueError(f"{path}: not Python in UTF-8: {error}") from None
     names = {"__name__": "attempt", "__file__": path}
     run_attempt(path, exec, code, names)
     attempt = names.get(name)
@@ -140,7 +142,7 @@ def numbers_of(result) -> tuple[str, list[float]]:
     if isinstance(result, (bool, int, float)):
         return "number", [float(result)]
     if isinstance(result, dict):
-        result, names = list(result.values()), [str(name) for name in result]
+        result, names = list(result.values()), [printable(str(name)) for name in result]
         forms, numbers = numbers_of(tuple(result))
         return f"names {', '.join(names)} with {forms}", numbers
     if isinstance(result, (list, tuple)):

@@ -15,6 +15,7 @@ Lecture: lectures/09-what-came-after.md, "You are the labeller".
 
 import math
 import os
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,10 +104,12 @@ def few_labels(choices: int) -> dict[str, int]:
 
 def check_folder(out: str) -> None:
     """Refuse a folder that holds something and no verdicts."""
-    names = os.listdir(out) if os.path.isdir(out) else []
     check(bool(out.strip()), "--out is empty, expected the name of a folder")
-    check(set(names) <= {".lock"} or FILE in names, f"--out {out} holds {sorted(names)[:1]} and no "
-          f"{FILE}; name a new folder, or one with verdicts")
+    check(os.path.isdir(out) or not os.path.lexists(out), f"--out {out} is a file, expected the "
+          "name of a folder")
+    names = sorted(set(os.listdir(out)) - {".lock"}) if os.path.isdir(out) else []
+    check(not names or FILE in names, f"--out {out} holds {names[:1]} and no {FILE}; name "
+          "a new folder, or one with verdicts")
 
 
 def main(cfg: LabelConfig, ask=ask) -> dict:
@@ -124,8 +127,9 @@ def main(cfg: LabelConfig, ask=ask) -> dict:
           f"{cfg.who} in {file.path}:\n{describe(report)}")
     if report["choices"] >= 2:
         options = [f"--{name} {value}" for name, value in few_labels(report["choices"]).items()]
+        options += [f"--model {shlex.quote(cfg.a)}"] if cfg.a != LabelConfig.a else []
         print("next, a reward model of your taste:  python -m minirlhf.reward_model --data "
-              f"{file.path} {' '.join(options)} --out checkpoints/my_reward")
+              f"{shlex.quote(file.path)} {' '.join(options)} --out checkpoints/my_reward")
     return report
 
 

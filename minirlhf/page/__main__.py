@@ -14,7 +14,6 @@ knows the question, the score where the run names its reward models.
 Lecture: lectures/05-ppo-the-run.md.
 """
 
-import os
 from dataclasses import dataclass
 
 from minirlhf.engine.fields import Count, Natural, Seed, check_fields
@@ -26,6 +25,7 @@ from minirlhf.engine.options import (
     printable,
     split_folders,
 )
+from minirlhf.engine.output import check_output_file
 from minirlhf.page.write import write_page
 
 
@@ -50,18 +50,9 @@ class PageConfig:
               ".html")
 
 
-def check_out(path: str) -> None:
-    """Refuse to write over what is no page of ours."""
-    ours = not os.path.lexists(path)
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            ours = b"<title>minirlhf: " in file.read(4096)
-    check(ours, f"--out {path} is there and no page of minirlhf; name another file")
-
-
 def main(cfg: PageConfig) -> str:
     """Write the page; returns its path."""
-    check_out(cfg.out)
+    check_output_file(cfg.out, b"<title>minirlhf: ", "page")
     size = write_page(split_folders(cfg.runs), cfg.out, prompt=cfg.prompt, prompts=cfg.prompts,
                       count=cfg.prompt_count, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
     print(f"wrote {printable(cfg.out)}, {size / 1000:.0f} kB; open it in a browser")

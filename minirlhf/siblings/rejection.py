@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 
 from minirlhf import sft
-from minirlhf.data import read_prompts
+from minirlhf.data import read_prompts, response_mask
 from minirlhf.engine import parallel, training
 from minirlhf.engine.fields import Amount, Count, Device, Natural, Positive, Precision, Rate, Seed
 from minirlhf.engine.options import check, one_sentence, parse_config
@@ -44,6 +44,7 @@ from minirlhf.engine.training import random_stream
 from minirlhf.files.pretrained import load_network
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2
+from minirlhf.ppo_report import totals
 from minirlhf.rewards import load_gold, load_reward, reward_folders, try_once
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
@@ -142,7 +143,9 @@ def collect(policy: GPT2, reward_function, gold_function, tokenizer: Tokenizer,
                             generator=random_stream(cfg.seed, 1, number, first),
                             where=f"round {number}")
             some = made.ids, made.prompt_lengths, made.lengths, tokenizer
-            scores.append(reward_function(*some) - cfg.missing_end_penalty * ~made.ended)
+            mask = response_mask(made.prompt_lengths, made.lengths, made.ids.shape[1])  # (b, T-1)
+            paid = totals(reward_function(*some), mask)                             # (b,)
+            scores.append(paid - cfg.missing_end_penalty * ~made.ended)
             gold += [gold_function(*some)] if gold_function else []
         training.check_finite(f"round {number}", scores=scores[-1])
         ended.append(made.ended)
@@ -184,10 +187,12 @@ def train(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[sft.Demonst
     """Some passes over the kept responses by SFT's own step; means over the round's steps."""
     per_round = cfg.epochs * math.ceil(cfg.prompts_per_round / cfg.batch_size)
     begun, losses, norms = number * per_round, [], []
-    for step in range(cfg.epochs * math.ceil(len(rows) / cfg.batch_size)):
+    steps = cfg.epochs * math.ceil(len(rows) / cfg.batch_size)    # fewer if prompts were dropped
+    for step in range(steps):
         training.set_learning_rate(optimizer, begun + step, cfg.rounds * per_round,
                                    cfg.warmup_steps, "linear")
-        order = training.batch_order(len(rows), cfg.batch_size, cfg.seed, begun + step)     # (B,)
+        order = training.batch_order(len(rows), cfg.batch_size, cfg.seed,
+                                     number * steps + step)                         # (B,)
         loss, grad_norm = sft.train_step(policy, optimizer, [rows[i] for i in order], cfg,
                                          end_token, f"round {number}, step {step}")
         losses.append(loss)
