@@ -29,8 +29,7 @@ Choices and deviations:
  7. A minibatch may be computed in parts and by several processes (`parallel.parts`): each part's
     loss is its share of the minibatch's mean, so gradients add up. The rest sees whole batches.
 
-Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
-Lecture: lectures/04-ppo-mathematics.md.
+Shapes: B sequences, T tokens in the padded row.   Lecture: lectures/04-ppo-mathematics.md.
 """
 
 import copy
@@ -262,11 +261,11 @@ def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokeni
             prompts: list[list[int]], cfg: PPOConfig, kl_coef: float, iteration: int) -> Rollout:
     """Sample responses, score them, and turn scores into advantages and returns."""
     mine = parallel.share(len(prompts))                  # all of them, if there is one process
+    generator = random_stream(cfg.seed, 1, iteration)
     with torch.no_grad():
-        made = generate(networks.policy, prompts[mine], cfg.max_new_tokens,
+        made = generate(networks.policy, prompts[mine], cfg.max_new_tokens, generator=generator,
                         end_token=tokenizer.end_token, temperature=cfg.temperature,
-                        generator=random_stream(cfg.seed, 1, iteration), first_row=mine.start,
-                        where=f"iteration {iteration}")
+                        first_row=mine.start, where=f"iteration {iteration}")
         mask = response_mask(made.prompt_lengths, made.lengths, made.ids.shape[1])  # (B, T-1)
         old_logprobs, old_values, entropy, ref_logprobs = forward_pass(networks, ref_policy,
                                                                        made.ids, mask, cfg)
@@ -360,8 +359,9 @@ def main(cfg: PPOConfig) -> dict:
                 kl_coef = adapt_kl_coef(kl_coef, run.row["kl_ref"], cfg.kl_target, cfg.batch_size,
                                         cfg.kl_horizon)
             order = training.batch_order(len(prompts), cfg.batch_size, cfg.seed, iteration, True)
-            batch = rollout(networks, ref_policy, reward_function, tokenizer,
-                            [prompts[i].ids for i in order], cfg, kl_coef, iteration)
+            asked = [prompts[i].ids for i in order]
+            batch = rollout(networks, ref_policy, reward_function, tokenizer, asked, cfg, kl_coef,
+                            iteration)
             before = report.measure(batch, gold_function, tokenizer)
             after = update(networks, optimizer, batch, cfg, iteration)
             optimizer.zero_grad()                        # frees memory for the next rollout

@@ -273,8 +273,8 @@ def main(cfg: RewardModelConfig) -> dict:
         for step in run.steps():
             training.set_learning_rate(optimizer, step, total_steps, cfg.warmup_steps, "linear")
             order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)    # (B,)
-            row = train_step(model, optimizer, [train[i] for i in order], cfg, tokenizer.end_token,
-                             f"step {step}")
+            batch = [train[i] for i in order]
+            row = train_step(model, optimizer, batch, cfg, tokenizer.end_token, f"step {step}")
             row.update(step=step + 1, lr=optimizer.param_groups[0]["lr"])
             if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:
                 scores = held_out_scores(model, test, cfg, tokenizer.end_token)     # (N, 2)

@@ -22,8 +22,7 @@ Choices and deviations:
  5. The held-out loss is over demonstrations that were put aside, of a file by seed. These are not
     new prompts: another demonstration may have asked the same. New ones belong to `evaluate`.
 
-Shapes: B sequences, T tokens in the padded row, C channels, V vocabulary.
-Lecture: lectures/02-sft.md.
+Shapes: B sequences, T tokens in the padded row, C channels.   Lecture: lectures/02-sft.md.
 """
 
 import math
@@ -200,8 +199,9 @@ def main(cfg: SFTConfig) -> dict:
         for step in run.steps():
             training.set_learning_rate(optimizer, step, total_steps, cfg.warmup_steps, "cosine")
             order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)    # (B,)
-            loss, grad_norm = train_step(policy, optimizer, [train[i] for i in order], cfg,
-                                         tokenizer.end_token, f"step {step}")
+            batch = [train[i] for i in order]
+            loss, grad_norm = train_step(policy, optimizer, batch, cfg, tokenizer.end_token,
+                                         f"step {step}")
             row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm,
                    "lr": optimizer.param_groups[0]["lr"]}
             if row["step"] % cfg.eval_every == 0 or row["step"] == total_steps:

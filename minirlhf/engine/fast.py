@@ -142,10 +142,11 @@ GROUP = 16                      # rows; smaller products are slower than the pad
 
 
 def by_length(network, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """`network(ids)`, (B, T), in groups of rows that are about equally long; 0 in the padding.
+    """`network(ids)`, (B, T), in groups of rows that are about equally long.
 
-    ids (B, T), lengths (B,). In a batch of comparisons of the text world four tokens of ten are
-    padding. A GPU computes one large batch faster than several small ones.
+    ids (B, T), lengths (B,); in the padding the numbers mean nothing. In a batch of comparisons of
+    the text world four tokens of ten are padding. A GPU computes one large batch faster than
+    several small ones.
     """
     if ids.device.type != "cpu" or len(ids) < 2 * GROUP:
         return network(ids)

@@ -71,7 +71,7 @@ class GroupsConfig:
     method: Literal["rloo", "grpo", "dr_grpo", "reinforce_pp"] = "rloo"    # which of the four
     model: str = "checkpoints/sft"      # SFT folder: start of the policy, and the frozen reference
     reward: str = "checkpoints/reward_model"    # folder, folders with commas, or module:function
-    ensemble: Literal["mean", "min"] = "mean"    # how several reward models vote; min: pessimistic
+    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
     prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function giving records
     prompt_count: Natural = 4000        # prompts to draw from; 0: all that the file has
     gold: str = "minirlhf.world:gold_reward"    # module:function, logged and never optimised

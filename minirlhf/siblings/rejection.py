@@ -57,7 +57,7 @@ class RejectionConfig:
     keep: Literal["best", "random"] = "best"    # which of the k; random: the control
     model: str = "checkpoints/sft"      # SFT folder: start of the policy
     reward: str = "checkpoints/reward_model"    # folder, folders with commas, or module:function
-    ensemble: Literal["mean", "min"] = "mean"    # how several reward models vote; min: pessimistic
+    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
     prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function giving records
     prompt_count: Natural = 4000        # prompts to draw from; 0: all that the file has
     gold: str = "minirlhf.world:gold_reward"    # module:function, logged and never optimised
