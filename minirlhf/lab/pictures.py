@@ -82,14 +82,20 @@ def show_series(axes: Axes, rows: Rows, name: str, title: str, x_label: str, y_l
 
 def show_points(axes: Axes, rows: Rows, x: str, y: str, title: str, x_label: str, y_label: str,
                 arms: list[str] | None = None) -> None:
-    """One figure against another: the mean of every arm with the intervals of both."""
+    """One figure against another: the mean of every arm with the intervals of both.
+
+    From the eighth arm on the marks are hollow, because the colours begin again.
+    """
     for number, arm in enumerate(list(rows) if arms is None else arms):
         across, left, right = interval_of(values_of(rows, arm, x))
         up, below, above = interval_of(values_of(rows, arm, y))
         axes.errorbar([across], [up], xerr=[[left], [right]], yerr=[[below], [above]], label=arm,
                       fmt=MARKS[number % len(MARKS)], color=COLOURS[number % len(COLOURS)],
-                      capsize=2, markersize=5)
+                      capsize=2, markersize=5,
+                      markerfacecolor="white" if number >= len(COLOURS) else None)
     name_axes(axes, title, x_label, y_label)
+    if len(axes.get_legend_handles_labels()[1]) > len(COLOURS):
+        axes.legend(fontsize=6.5, ncols=2, loc="lower right", framealpha=0.85, edgecolor="none")
 
 
 def mean_series(rows: Rows, arm: str, name: str) -> list[float]:

@@ -57,6 +57,6 @@ def picture(rows: Rows, path: str) -> None:
     figure, axes = new_picture(3)
     show_intervals(axes[0], rows, "gold")
     show_intervals(axes[1], rows, "win_rate")
-    show_points(axes[2], rows, "kl_ref", "gold", "gold and distance", "kl_ref from the SFT model, "
-                "nats per response", "gold, points per response")
+    show_points(axes[2], rows, "kl_ref", "gold", "gold and distance", "kl_ref, nats per response",
+                "gold, points per response")
     save_picture(figure, path)
