@@ -5,6 +5,7 @@ Nothing here is timed. What costs time is counted: passes through the network, a
 
 import ast
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,7 +285,7 @@ def test_the_quick_benchmark_writes_every_table(tmp_path):
                                                                out=str(out)))
     assert json.loads(out.read_text("utf-8")) == json.loads(json.dumps(result))
     text = out.with_suffix(".md").read_text("utf-8")
-    assert text.count("## ") == 3 and result["machine"]["cpu"] in text
+    assert text.count("## ") == 4 and result["machine"]["cpu"] in text
     assert min(result["limits"]["gemm"].values()) > 0 and result["limits"]["bandwidth"] > 0
     first, other = result["variants"].values()
     assert set(first["naive"]) == set(report.ROWS) and not other["naive"]
@@ -296,10 +297,37 @@ def test_the_quick_benchmark_writes_every_table(tmp_path):
         assert variant["memory"] is None or 1e7 < variant["memory"] < 1e10
 
 
+    for steps in result["decoding"].values():
+        assert min(figure["median"] for name in ("stock", "ours") for figure in
+                   steps[name].values()) > 0
+
+
+def fake_interpreter(folder: Path, program: str) -> str:
+    """A file that is started like an interpreter that has TRL."""
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\n{program}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a POSIX script")
+def test_trls_trainer_is_asked_for_the_same_sizes_and_its_failure_is_a_sentence(tmp_path):
+    answer = ("import json, sys\nprint('a word before')\no = json.loads(sys.argv[2])\n"
+              "print(json.dumps({'iteration': [o['batch_size'], 2], 'sample': [o['epochs']] * 2}))")
+    cfg = benchmark.BenchmarkConfig(trl=fake_interpreter(tmp_path, answer))
+    options = benchmark.ppo_config(critic="separate")
+    found = benchmark.measure_trl(cfg, SMALL, options)
+    assert found["iteration"]["high"] == options.batch_size
+    assert found["sample"]["median"] == options.epochs
+    cfg = benchmark.BenchmarkConfig(trl=fake_interpreter(tmp_path, "raise KeyError('trl')"))
+    with pytest.raises(ValueError, match="TRL's trainer failed: KeyError: 'trl'"):
+        benchmark.measure_trl(cfg, SMALL, options)
+
+
 def test_the_committed_result_makes_every_table_and_its_limits_are_those_of_today():
     result = read_json(str(ROOT / "lectures" / "results" / "benchmark.json"))
     text = report.markdown(result)
-    assert text.count("\n## ") == 2 and all(f"| {name} |" in text for name in result["variants"])
+    assert text.count("\n## ") == 4 and all(f"| {name} |" in text for name in result["variants"])
     first = result["variants"]["124M parameters, shared critic"]
     expected = limits(GPT2Config(), benchmark.ppo_config(), result["limits"])
     assert first["limits"] == pytest.approx(expected)
