@@ -481,15 +481,15 @@ def test_the_stages_run_on_small_programs_and_ppo_learns(tmp_path):
     """SFT, comparisons that the tests judged, a reward model, and PPO on the tests."""
     named = "minirlhf.execution:"
     sft.main(sft.SFTConfig(model=str(REPOSITORY / "checkpoints" / "tiny"), out=str(tmp_path / "s"),
-                           data=named + "demonstrations", examples=3000, lr=1e-3,
+                           data=named + "demonstrations", examples=2000, lr=1e-3,
                            max_new_tokens=16))
-    records = execution.comparisons(60, 0, str(tmp_path / "s"))
-    assert records == execution.comparisons(60, 0, str(tmp_path / "s"))
+    records = execution.comparisons(20, 0, str(tmp_path / "s"))
+    assert records == execution.comparisons(20, 0, str(tmp_path / "s"))
     for record in records:
         pairs = [(record["prompt"], record[name]) for name in ("chosen", "rejected")]
         assert scoring.pass_tests(pairs, "many") == [True, False]
     measured = reward_model.main(reward_model.RewardModelConfig(
-        model=str(tmp_path / "s"), data=named + "comparisons", comparisons=200, held_out=40,
+        model=str(tmp_path / "s"), data=named + "comparisons", comparisons=60, held_out=12,
         max_new_tokens=16, norm_samples=32, out=str(tmp_path / "r")))
     assert 0 <= measured["held_out_accuracy"] <= 1
     row = ppo.main(ppo.PPOConfig(model=str(tmp_path / "s"), out=str(tmp_path / "p"), iterations=8,
