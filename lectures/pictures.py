@@ -28,14 +28,12 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from minirlhf.engine.metrics import read_kept
 from minirlhf.generate import KVCache
 from minirlhf.gpt2 import GPT2Config
-from minirlhf.plots import reliability
+from minirlhf.plots import BLUE, GREEN, ORANGE, PURPLE, reliability
 from minirlhf.ppo import gae, policy_loss
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 RESULTS = Path(__file__).resolve().parent / "results"
-# colours that stay apart for colour-blind readers: Okabe and Ito 2008, "Color Universal Design"
-BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222"
-PALE, GREY = "#DCEBF5", "#E8E8E8"
+BLACK, PALE, GREY = "#222222", "#DCEBF5", "#E8E8E8"
 
 
 def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -273,7 +271,7 @@ def calibration() -> Figure:
     figure, (axes,) = new_figure(5.6, 4.0)
     axes.plot([0.5, 1], [0.5, 1], color="#999999", linestyle=":", label="perfect calibration")
     for (name, model), colour, mark in zip(stored("reliability.json").items(),
-                                           (BLUE, ORANGE, GREEN, PINK), "os^D"):
+                                           (BLUE, ORANGE, GREEN, PURPLE), "os^D"):
         axes.plot(model["stated"], model["right"], color=colour, marker=mark, markersize=4,
                   linewidth=1, label=name)
     axes.set_xlabel("stated preference (it says)")
@@ -307,7 +305,7 @@ def gallery() -> Figure:
     figure = Figure(figsize=(11, 5.6), layout="constrained", facecolor="white")
     FigureCanvasSVG(figure)
     rows = [(("score", BLUE, "-"), ("gold", ORANGE, "--")), (("kl_ref", BLACK, "-"),),
-            (("entropy", GREEN, "-"), ("clipfrac", PINK, "--"))]
+            (("entropy", GREEN, "-"), ("clipfrac", PURPLE, "--"))]
     panels = figure.subplots(len(rows), len(GALLERY), sharey="row", sharex="col")
     for column, (name, file) in enumerate(GALLERY.items()):
         curves = read_curves(file)
@@ -358,7 +356,7 @@ def one_response() -> Figure:
                        marker=mark, markersize=5, label=name)
     panels[1].set_ylim(0, 1.3)
     panels[1].set_title("what the critic says, and should", fontsize=11, loc="left")
-    for shift, name, colour in ((-0.2, "delta", PINK), (0.2, "unwhitened", BLUE)):
+    for shift, name, colour in ((-0.2, "delta", PURPLE), (0.2, "unwhitened", BLUE)):
         panels[2].bar([x + shift for x in places], [float(number) for number in credited[name]],
                       0.38, color=colour, label={"unwhitened": "advantage"}.get(name, name))
     panels[2].axhline(0, color="#777777", linewidth=0.8)

@@ -28,7 +28,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ from minirlhf.people.verdicts import (
     make_questions,
     shown,
 )
-from minirlhf.rewards import load_reward, try_once
+from minirlhf.rewards import Ensemble, load_reward, try_once
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.world import judge
 
@@ -68,7 +67,7 @@ class EvaluateConfig:
     prompts: str = "minirlhf.world:held_out_prompts"    # .jsonl file, or module:function
     prompt_count: Natural = 400         # prompts to use; 0: all that the file has
     judge: str = "gold"                 # gold, person, reward-model folders, or module:function
-    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
+    ensemble: Ensemble = "mean"    # how several reward models vote
     answers: Count = 4                  # K, drawn to each prompt; a person sees one of each policy
     max_new_tokens: Count = 32          # longest response, tokens
     batch_size: Count = 256             # rows at a time; lower it for long prompts, large models

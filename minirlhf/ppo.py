@@ -45,7 +45,7 @@ from minirlhf.engine import parallel, training
 from minirlhf.engine.fields import Amount, Count, Device, Natural, Positive, Precision, Seed, Share
 from minirlhf.engine.options import check, one_sentence, parse_config
 from minirlhf.engine.run_folder import RunFolder, begin, check_run_options
-from minirlhf.engine.state import fingerprint
+from minirlhf.engine.state import run_inputs
 from minirlhf.engine.training import masked_mean, random_stream, whiten
 from minirlhf.files.pretrained import load_network
 from minirlhf.generate import generate
@@ -345,9 +345,7 @@ def main(cfg: PPOConfig) -> dict:
     gold_function = load_gold(cfg.gold)
     try_once(prompts[0].ids, tokenizer, reward_function, gold_function, device=cfg.device)
     optimizer = make_optimizer(networks, cfg)
-    inputs = {"--model": fingerprint(ref_policy), "--reward": reward_function.source,
-              "--prompts": fingerprint([prompt.ids for prompt in prompts]),
-              "--gold": gold_function.source if gold_function else ""}
+    inputs = run_inputs(ref_policy, reward_function, prompts, gold_function)
     print(f"PPO: {cfg.iterations} iterations of {cfg.batch_size}, reward {cfg.reward}", flush=True)
     with RunFolder(cfg, cfg.iterations, report.METRICS, inputs, networks, optimizer) as run:
         for iteration in run.steps():

@@ -13,6 +13,7 @@ Lecture: lectures/04-ppo-mathematics.md, "The reward is a function".
 """
 
 import os
+from typing import Literal
 
 import torch
 
@@ -23,6 +24,7 @@ from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import ScalarModel
 from minirlhf.tokenizer import Tokenizer
 
+Ensemble = Literal["mean", "min", "uwo"]    # how several reward models vote: `ModelReward`
 VARIANCE_WEIGHT = 0.5               # of the vote "uwo"; scores have deviation 1
 
 
@@ -47,7 +49,7 @@ class ModelReward:
     uncertainty-weighted optimisation (uwo); the weight is ours.
     """
 
-    def __init__(self, models: list[ScalarModel], how: str):
+    def __init__(self, models: list[ScalarModel], how: Ensemble):
         self.models, self.how = models, how
         self.source = fingerprint(*models)               # what a run that goes on must find again
 

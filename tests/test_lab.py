@@ -16,9 +16,10 @@ import tiny_experiment
 import torch
 from helpers import REPOSITORY, base_folder, environment, quietly, sft_folder
 
+from minirlhf.engine.options import join_first_arguments
 from minirlhf.files.disk import read_json, write_json
 from minirlhf.lab import EXPERIMENTS, biased_labels, cures, experiment, overoptimisation
-from minirlhf.lab.__main__ import LabConfig, join_names, main
+from minirlhf.lab.__main__ import LabConfig, main
 from minirlhf.lab.best_of_n import best_of_n, best_of_n_bound, best_of_n_kl, fit_curve
 from minirlhf.lab.experiment import (
     REFUTED,
@@ -419,10 +420,13 @@ def test_the_table_leaves_a_figure_empty_that_an_arm_does_not_have():
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def test_names_before_the_options_are_joined():
-    assert join_names(["beta", "cures", "--seeds", "5"]) == ["--names", "beta,cures", "--seeds",
-                                                              "5"]
-    assert join_names(["--quick"]) == ["--quick"] and join_names([]) == []
+@pytest.mark.parametrize("words, expected", [
+    (["beta", "cures", "--seeds", "5"], ["--names", "beta,cures", "--seeds", "5"]),
+    (["--quick"], ["--quick"]), ([], [])])
+def test_names_before_the_options_are_joined(words, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lab", *words])
+    join_first_arguments("names")
+    assert sys.argv[1:] == expected
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are():

@@ -8,16 +8,24 @@ import os
 import re
 import shutil
 from html.parser import HTMLParser
+from typing import get_args
 
 import pytest
 from browser import Browser, find_browser
-from helpers import ppo_config, quietly, reward_folder, scratch_folder, sft_folder
+from helpers import (
+    ppo_config,
+    quietly,
+    reward_folder,
+    scratch_folder,
+    sft_folder,
+    toy_tokenizer,
+)
 from test_ppo_tokens import toy_run
 
 from minirlhf import ppo
 from minirlhf.engine.metrics import read_kept
 from minirlhf.page.__main__ import PageConfig, main
-from minirlhf.page.answers import policies_of
+from minirlhf.page.answers import policies_of, reward_of
 from minirlhf.page.collect import (
     check_record,
     collect,
@@ -29,6 +37,7 @@ from minirlhf.page.collect import (
     thinned,
 )
 from minirlhf.page.write import MOST_BYTES, as_json, fill_template, write_page
+from minirlhf.rewards import Ensemble
 
 HOSTILE = ["</script><script>document.title='hacked'</script>", "<img src=x onerror=alert(1)>",
            "\x1b[31mred\x1b[0m", "\u202eevil", "\u2028", "<!--", "{{script}}", "\ud800", "\x00\x7f",
@@ -249,6 +258,18 @@ def test_base_sft_and_rlhf_are_found_from_the_last_of_them():
     named, notes = policies_of([], [toy_run(), run_with_reward_model()])
     assert list(named) == ["base", "SFT", "RLHF tokens", "RLHF page_ppo"] and notes == []
     assert named["SFT"] == sft_folder()
+
+
+@pytest.mark.parametrize("how", get_args(Ensemble))
+def test_a_run_of_any_vote_has_its_reward_models_scores(how, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"reward": reward_folder(), "ensemble": how}
+    (run / "run.json").write_text(json.dumps({"finished": True, "config": config}))
+    assert reward_of([str(run)], toy_tokenizer()).how == how
+    (run / "run.json").write_text(json.dumps({"finished": True, "config": {
+        **config, "ensemble": "other"}}))
+    assert reward_of([str(run)], toy_tokenizer()) is None
 
 
 def test_your_prompt_is_answered_by_every_policy_with_its_score(tmp_path):

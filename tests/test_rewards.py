@@ -1,6 +1,7 @@
 """rewards.py: reward models that vote, functions of users, the gold judge, the KL coefficient."""
 
 import os
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from minirlhf import ppo
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import ScalarModel
 from minirlhf.rewards import (
+    Ensemble,
     ModelReward,
     adapt_kl_coef,
     is_function,
@@ -138,3 +140,8 @@ def test_adapt_kl_coef_hand_example_and_limits():
     assert adapt_kl_coef(0.1, 6.6, 6, 100, 1000) == pytest.approx(0.1 * 1.01)
     assert adapt_kl_coef(0.1, 0, 6, 100, 1000) == pytest.approx(0.1 * 0.98)
     assert adapt_kl_coef(0.1, 0.0, 6, 8, 8) > 0           # the shortest horizon that is allowed
+
+
+def test_ppo_knows_the_votes_that_reward_models_have():
+    # its file spells them out, so that its imports stay short
+    assert get_type_hints(ppo.PPOConfig)["ensemble"] == Ensemble

@@ -14,7 +14,7 @@ on a CPU where you have it, TRL's own PPO trainer.
 import json
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -68,13 +68,17 @@ def ppo_config(**changes) -> PPOConfig:
                      minibatch_size=options["batch_size"], **options)
 
 
+def in_new_process(function, *arguments):
+    """What the call returns in a process that inherits no memory."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def measure_trl(cfg: BenchmarkConfig, config: GPT2Config, options: PPOConfig) -> dict:
     """Figures of TRL's trainer with networks and a rollout of this size, by its interpreter."""
-    sizes = {"vocab_size": config.vocab_size, "n_positions": config.n_positions,
-             "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
-             "batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens,
-             "epochs": options.epochs, "prompt_tokens": PROMPT_TOKENS, "runs": cfg.runs,
-             "threads": torch.get_num_threads()}
+    sizes = {**asdict(config), "batch_size": options.batch_size, "epochs": options.epochs,
+             "max_new_tokens": options.max_new_tokens, "prompt_tokens": PROMPT_TOKENS,
+             "runs": cfg.runs, "threads": torch.get_num_threads()}
     script = Path(__file__).with_name("beside_trl.py")
     done = subprocess.run([cfg.trl, str(script), json.dumps(sizes)], text=True,
                           capture_output=True)
@@ -99,17 +103,15 @@ def main(cfg: BenchmarkConfig) -> dict:
         print(f"[{time.perf_counter() - started:5.0f} s] {name}", flush=True)
         options = ppo_config(**changes, device=cfg.device)
         naive_runs = cfg.naive_runs if name == first else 0
-        with get_context("spawn").Pool(1) as pool:       # a process that inherits no memory
-            variant = pool.apply(measure, (config, options, cfg.runs, naive_runs))
+        variant = in_new_process(measure, config, options, cfg.runs, naive_runs)
         result["variants"][name] = {**variant, "limits": limits(config, options, result["limits"])}
     if cfg.device == "cpu":
         config, result["decoding"] = variants[first][0], {}
         for rows, dtype in DECODING:
             print(f"[{time.perf_counter() - started:5.0f} s] decoding, {rows} rows, {dtype}",
                   flush=True)
-            with get_context("spawn").Pool(1) as pool:
-                steps = pool.apply(decoding, (config, rows, dtype, cfg.runs))
-            result["decoding"][f"{rows} rows, {dtype}"] = steps
+            result["decoding"][f"{rows} rows, {dtype}"] = in_new_process(decoding, config, rows,
+                                                                        dtype, cfg.runs)
     if cfg.trl:
         print(f"[{time.perf_counter() - started:5.0f} s] TRL's trainer", flush=True)
         name = next(name for name, (_, changes) in variants.items() if "critic" in changes)

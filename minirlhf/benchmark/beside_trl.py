@@ -52,16 +52,21 @@ def main(options: dict) -> dict:
     generate = ppo_trainer.batch_generation
 
     def timed_generation(*arguments, **named):
+        """TRL's generation, whose seconds are noted."""
         started = time.perf_counter()
         result = generate(*arguments, **named)
         sampling.append(time.perf_counter() - started)
         return result
 
     class Clock(transformers.TrainerCallback):
+        """Notes when the training begins and when each iteration ends."""
+
         def on_train_begin(self, *arguments, **named):
+            """The first iteration begins."""
             ends[:] = [time.perf_counter()]
 
         def on_step_end(self, *arguments, **named):
+            """An iteration ends."""
             ends.append(time.perf_counter())
 
     ppo_trainer.batch_generation = timed_generation

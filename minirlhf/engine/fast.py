@@ -58,12 +58,12 @@ LAID_OUT: dict[int, torch.Tensor] = {}       # within `packed`: id of a weight -
 
 
 def describe_products(networks: torch.nn.Module) -> str:
-    """A sentence about the products of these networks, "" where all of them are too small."""
+    """A line about the products of these networks, "" where all of them are too small."""
     if not any(p.numel() >= SMALLEST_WEIGHT and p.dim() == 2 and p.device.type == "cpu"
                for p in networks.parameters()):
         return ""
     name = {"onednn": "oneDNN's", "stock": "PyTorch's own"}[PRODUCTS]
-    return f"large matrix products: {name} (MINIRLHF_PRODUCTS overrules it)"
+    return f"large matrix products: {name} (MINIRLHF_PRODUCTS overrules it)\n"
 
 
 def is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:

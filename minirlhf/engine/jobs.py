@@ -85,6 +85,7 @@ def pass_on_signals(processes):
     came: list[int] = []
 
     def pass_on(number, frame):
+        """Signal handler: note the signal, and send it to those that still run."""
         came.append(number)
         for process in processes:
             if process.is_alive():

@@ -114,8 +114,8 @@ class RunFolder:
             if self.tensors:
                 unpack(self.tensors, self.networks, self.optimizer, self.path)
                 self.tensors = {}
-            if self.networks is not None and fast.describe_products(self.networks):
-                print(fast.describe_products(self.networks), flush=True)
+            if self.networks is not None:
+                print(fast.describe_products(self.networks), end="", flush=True)
         except BaseException:
             self.unlock()
             raise

@@ -122,3 +122,13 @@ def fingerprint(*things) -> str:
         else:
             digest.update(repr(thing).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def run_inputs(policy: nn.Module, reward_function, prompts: list, gold_function) -> dict[str, str]:
+    """What a run against a reward begins with, by the options that name it.
+
+    A run that goes on must find the same.
+    """
+    return {"--model": fingerprint(policy), "--reward": reward_function.source,
+            "--prompts": fingerprint([prompt.ids for prompt in prompts]),
+            "--gold": gold_function.source if gold_function else ""}

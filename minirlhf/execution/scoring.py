@@ -1,17 +1,14 @@
 """What needs torch: scores by tests, and comparisons of a policy's answers that tests judged."""
 import torch
 
-from minirlhf.data import encode_prompt, format_prompt
 from minirlhf.engine.options import check
 from minirlhf.execution.runner import run_answers
 from minirlhf.execution.tasks import ALL_INPUTS, inputs_of, prompts, task_of
 from minirlhf.files.pretrained import load_network
-from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.world.collect import PROMPTS_PER_BATCH, sample_responses
 
-SAMPLES_PER_PROMPT = 4          # answers to each prompt that are compared
-PROMPTS_PER_BATCH = 64
 MAX_NEW_TOKENS = 16
 
 
@@ -55,21 +52,16 @@ def comparisons(count: int, seed: int, model: str) -> list[dict]:
     supply = [record["prompt"] for record in prompts(count + PROMPTS_PER_BATCH, seed)]
     records: list[dict] = []
     for start in range(0, len(supply), PROMPTS_PER_BATCH):
-        questions = [question for question in supply[start:start + PROMPTS_PER_BATCH]
-                     for _ in range(SAMPLES_PER_PROMPT)]
-        rows = [encode_prompt(tokenizer, format_prompt(question)) for question in questions]
-        with torch.no_grad():
-            made = generate(policy, rows, MAX_NEW_TOKENS, end_token=tokenizer.end_token,
-                            generator=generator)
-        answers = [tokenizer.decode(made.ids[i, made.prompt_lengths[i]:made.lengths[i]].tolist())
-                   for i in range(len(rows))]
-        pairs = [(question, answer.strip()) for question, answer in zip(questions, answers)]
-        passed = pass_tests(pairs, "many")
-        for first in range(0, len(pairs), SAMPLES_PER_PROMPT):
-            group = range(first, first + SAMPLES_PER_PROMPT)
-            records += [{"prompt": questions[i], "chosen": pairs[i][1], "rejected": pairs[j][1]}
-                        for i in group for j in group
-                        if passed[i] and not passed[j] and pairs[j][1]]
+        questions = supply[start:start + PROMPTS_PER_BATCH]
+        groups = sample_responses(policy, tokenizer, questions, generator, MAX_NEW_TOKENS)
+        pairs = [(question, answer) for question, group in zip(questions, groups)
+                 for answer, _ in group]
+        passed = dict(zip(pairs, pass_tests(pairs, "many")))
+        for question, group in zip(questions, groups):
+            answers = [answer for answer, _ in group]
+            records += [{"prompt": question, "chosen": one, "rejected": other}
+                        for one in answers for other in answers
+                        if passed[question, one] and not passed[question, other] and other]
         if len(records) >= count:
             return records[:count]
     raise ValueError(f"expected {count} comparisons, found {len(records)} after {len(supply)} "

@@ -62,6 +62,7 @@ def time_limit(path: str, seconds: float):
     main_thread, expired = threading.get_ident(), threading.Event()
 
     def stop() -> None:
+        """Interrupt the main thread, unless a debugger stands somewhere in it."""
         frame = sys._current_frames().get(main_thread)
         while frame is not None and frame.f_globals.get("__name__") != "bdb":
             frame = frame.f_back

@@ -15,7 +15,6 @@ Lecture: lectures/05-ppo-the-run.md, "One response through all tensors".
 
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 from minirlhf import ppo
 from minirlhf.data import read_prompts
@@ -26,7 +25,7 @@ from minirlhf.explain.follow import follow
 from minirlhf.explain.tell import tell
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import GPT2, ScalarModel
-from minirlhf.rewards import load_reward, reward_folders
+from minirlhf.rewards import Ensemble, load_reward, reward_folders
 from minirlhf.tokenizer import load_tokenizer
 
 
@@ -36,7 +35,7 @@ class ExplainConfig:
     run: str = "checkpoints/ppo"        # PPO folder: policy and critic; "": those of iteration 0
     model: str = "checkpoints/sft"      # SFT folder: the reference
     reward: str = "checkpoints/reward_model"    # folder, folders with commas, or module:function
-    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
+    ensemble: Ensemble = "mean"    # how several reward models vote
     prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function giving records
     response: Natural = 0               # which response of the first minibatch
     batch_size: Count = 64              # prompts in the rollout; half of them in a minibatch
@@ -61,8 +60,8 @@ def main(cfg: ExplainConfig) -> dict:
     missing = [folder for folder in stages if not os.path.isdir(folder)]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no such folder; first run `python -m "
-                                "minirlhf` (two minutes) or `python -m minirlhf --quick` (20 "
-                                "seconds), or name other folders by --run, --model, --reward")
+                                "minirlhf` (a minute or two) or `python -m minirlhf --quick`, or "
+                                "name other folders by --run, --model, --reward")
     networks, ref_policy = ppo.make_networks(ppo_cfg)
     tokenizer = load_tokenizer(cfg.model, ref_policy)
     if cfg.run:

@@ -16,13 +16,18 @@ Lecture: lectures/06-what-goes-wrong.md, "What goes wrong".
 
 import os
 import shutil
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from minirlhf.engine.fields import Count, check_fields
 from minirlhf.engine.functions import source_of
-from minirlhf.engine.options import Stopped, check, one_sentence, parse_config
+from minirlhf.engine.options import (
+    Stopped,
+    check,
+    join_first_arguments,
+    one_sentence,
+    parse_config,
+)
 from minirlhf.engine.output import RUN_FILE, check_output, result_folder
 from minirlhf.engine.state import fingerprint
 from minirlhf.evaluate import load_policy
@@ -56,15 +61,6 @@ class LabConfig:
         check_fields(self)
         check(not self.store or (self.seeds >= FEWEST_SEEDS and not self.quick),
               f"--store needs at least {FEWEST_SEEDS} seeds, and not --quick")
-
-
-def join_names(words: list[str]) -> list[str]:
-    """The command line with the names before its first option joined to one option.
-
-    Example: beta cures --seeds 5 becomes --names beta,cures --seeds 5.
-    """
-    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    return (["--names", ",".join(words[:first])] if first else []) + words[first:]
 
 
 # ---- the folder ----------------------------------------------------------------------------------
@@ -198,5 +194,6 @@ def main(cfg: LabConfig) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    join_first_arguments("names")
     with one_sentence():
-        main(parse_config(LabConfig, join_names(sys.argv[1:])))
+        main(parse_config(LabConfig))

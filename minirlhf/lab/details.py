@@ -10,6 +10,7 @@ import torch
 from minirlhf import ppo
 from minirlhf.lab.epochs_of_the_reward_model import raw_reward_model
 from minirlhf.lab.experiment import Experiment, Finding, Rows, unchanged
+from minirlhf.lab.kl_estimators import estimates
 from minirlhf.lab.measure import measure
 from minirlhf.lab.pictures import new_picture, save_picture, show_intervals
 from minirlhf.lab.shared import Task, reward_model_folder, train_policy
@@ -42,7 +43,7 @@ def rewards_with_k3(scores: torch.Tensor, kl_ref: torch.Tensor, mask: torch.Tens
     Both have KL(policy || reference) as their mean; k3 is never negative.
     Example: kl_ref 0.5 costs 0.1065 times kl_coef, and -0.5 costs 0.1487 times.
     """
-    return shaped_rewards(scores, torch.expm1(-kl_ref) + kl_ref, mask, kl_coef)
+    return shaped_rewards(scores, estimates(kl_ref)["k3"], mask, kl_coef)
 
 
 ITERATIONS = 15                     # shorter than the pipeline's: there are many arms

@@ -6,7 +6,7 @@ An experiment is a module with these names (`beta.py` is a short one):
     ARMS       {name of an arm: what differs in it}, the control arm among them
     run(task)      one arm at one seed: a flat dict of figures; a list of numbers is a series
     findings(rows) the parts of the claim, each a `Finding` by `compare` or `unchanged`
-    picture(rows)  panels for `pictures.write_picture`
+    picture(rows, path)    draws what there is to see, by `pictures`
 
 An arm's differences from another are taken seed by seed: both had the same SFT model, comparisons
 and prompts, so that what a seed does to both cancels.

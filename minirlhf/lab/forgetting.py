@@ -10,7 +10,7 @@ from minirlhf import sft
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
 from minirlhf.lab.measure import measure
 from minirlhf.lab.pictures import new_picture, save_picture, show_intervals, show_points
-from minirlhf.lab.shared import Task, sft_folder
+from minirlhf.lab.shared import Task, sft_folder, sft_options
 
 ABOUT = Experiment(
     name="forgetting",
@@ -35,9 +35,7 @@ def run(task: Task) -> dict:
     if task.arm == CONTROL:
         folder = sft_folder(task)
     else:
-        count = task.sizes.demonstrations
-        sft.main(sft.SFTConfig(model=task.base, seed=task.seed, examples=count,
-                               held_out=min(200, count // 4), out=folder, **ARMS[task.arm]))
+        sft.main(sft.SFTConfig(**sft_options(task), out=folder, **ARMS[task.arm]))
     return measure(task, folder, ref=task.base)
 
 

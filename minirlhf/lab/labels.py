@@ -67,6 +67,7 @@ def taste(text: str) -> float:
 def make_person(seed: int, at_random: bool):
     """The person as `label` asks: a function of the question that says a, b or tie."""
     def person(question: dict, done: int, total: int) -> str:
+        """In the place of `verdicts.ask`."""
         draw = random.Random(f"{seed} {identity(question)}")
         a, b = taste(question["answer_a"]), taste(question["answer_b"])
         if at_random or draw.random() < CARELESS:
@@ -92,8 +93,8 @@ def style(answers: Answers) -> dict[str, float]:
 
 def taste_accuracy(reward: str, answers: Answers) -> float:
     """How often a reward model orders two answers to one prompt as the person's taste does."""
-    scores = judge_answers(answers, load_reward(reward, "min", Tokenizer.load(reward)),
-                           Tokenizer.load(reward))                                  # (P, K)
+    tokenizer = Tokenizer.load(reward)
+    scores = judge_answers(answers, load_reward(reward, "min", tokenizer), tokenizer)   # (P, K)
     likes = tastes(answers)                                                         # (P, K)
     right = np.sign(scores[:, :, None] - scores[:, None, :]) \
         == np.sign(likes[:, :, None] - likes[:, None, :])                           # (P, K, K)

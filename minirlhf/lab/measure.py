@@ -4,7 +4,6 @@ import json
 import os
 
 import numpy as np
-import torch
 
 from minirlhf.data import Prompt, encode_prompt, encode_response, format_prompt
 from minirlhf.evaluate import (
@@ -21,7 +20,7 @@ from minirlhf.files.disk import read_json, write_atomically
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import ScalarModel
 from minirlhf.lab.shared import Task, alone, comparisons_file, read_comparisons, sft_folder
-from minirlhf.reward_model import Comparison, accuracy, score_pairs
+from minirlhf.reward_model import Comparison, RewardModelConfig, accuracy, held_out_scores
 from minirlhf.rewards import load_reward
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
@@ -113,9 +112,5 @@ def gold_accuracy(task: Task, folder: str) -> float:
     rows = [Comparison(encode_prompt(tokenizer, format_prompt(record["prompt"])),
                        encode_response(tokenizer, record["chosen"]),
                        encode_response(tokenizer, record["rejected"])) for record in records]
-    margins = []
-    with torch.no_grad():
-        for first in range(0, len(rows), 32):
-            chosen, rejected = score_pairs(model, rows[first:first + 32], tokenizer.end_token)
-            margins.append(chosen - rejected)                                       # (b,)
-    return accuracy(torch.cat(margins))
+    scores = held_out_scores(model, rows, RewardModelConfig(), tokenizer.end_token)     # (N, 2)
+    return accuracy(scores[:, 0] - scores[:, 1])

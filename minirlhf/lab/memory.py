@@ -7,7 +7,6 @@ here: a "seed" is one more measurement. Two processes take about 11 GB, one take
 
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -19,6 +18,7 @@ from minirlhf.benchmark.machine import peak_memory, timed
 from minirlhf.engine import parallel
 from minirlhf.engine.options import check
 from minirlhf.gpt2 import GPT2Config
+from minirlhf.lab.apart import leave_with_the_parent, run_apart
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
 from minirlhf.lab.pictures import new_picture, save_picture, show_intervals, show_points
 from minirlhf.lab.shared import Task, alone
@@ -72,13 +72,9 @@ def measure_here(quick: bool, options: dict[str, Any]) -> dict[str, float]:
 def measure_apart(arm: str, quick: bool) -> dict[str, float]:
     """The figures of an arm from a new process, which has the memory of nobody else."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [sys.executable, *(torchrun if arm == TWO else []), "-m", "minirlhf.lab.memory",
+    words = [*(torchrun if arm == TWO else []), "-m", "minirlhf.lab.memory",
              json.dumps({"quick": quick, "options": ARMS[arm]})]
-    threads = "1" if arm == TWO else "2"
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": threads}, text=True,
-                          capture_output=True)
-    check(done.returncode == 0, f"the process that was to be measured failed:\n{done.stderr}")
-    return json.loads(done.stdout.strip().split("\n")[-1])
+    return run_apart(arm, words, threads=1 if arm == TWO else 2)
 
 
 def run(task: Task) -> dict:
@@ -107,4 +103,5 @@ def picture(rows: Rows, path: str) -> None:
 
 
 if __name__ == "__main__":
+    leave_with_the_parent()
     print(json.dumps(measure_here(**json.loads(sys.argv[1]))), flush=True)

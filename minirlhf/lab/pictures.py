@@ -10,12 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from minirlhf import plots
 from minirlhf.files.disk import write_atomically
 from minirlhf.lab.experiment import Rows, mean_and_interval, values_of
 from minirlhf.lab.measure import UNITS
 
-# Colours that stay apart for colour-blind readers: Okabe and Ito 2008, "Color Universal Design".
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+COLOURS = (*plots.COLOURS, "#000000", "#56B4E9", "#E69F00")    # of the same scheme
 MARKS, STYLES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
 
 

@@ -102,11 +102,16 @@ def stage(task: Task, name: str, trainer, config, **options) -> str:
     return folder
 
 
+def sft_options(task: Task) -> dict:
+    """Options of the seed's SFT, as `python -m minirlhf` sets them; fewer rows for --quick."""
+    count = task.sizes.demonstrations
+    return {"model": task.base, "seed": task.seed, "examples": count,
+            "held_out": min(200, count // 4)}
+
+
 def sft_folder(task: Task) -> str:
     """The SFT model of the seed, as `python -m minirlhf` makes it."""
-    return stage(task, "sft", sft, sft.SFTConfig, model=task.base, seed=task.seed,
-                 examples=task.sizes.demonstrations,
-                 held_out=min(200, task.sizes.demonstrations // 4))
+    return stage(task, "sft", sft, sft.SFTConfig, **sft_options(task))
 
 
 def write_comparisons(path: str, records: list[dict]) -> str:

@@ -9,9 +9,7 @@ were chosen by a few runs on seed 11, which is none of the experiment's.
 
 import json
 import os
-import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -19,8 +17,9 @@ import numpy as np
 from minirlhf import ppo
 from minirlhf.benchmark.machine import peak_memory
 from minirlhf.engine.metrics import read_metrics
-from minirlhf.engine.options import check, one_sentence
+from minirlhf.engine.options import one_sentence
 from minirlhf.evaluate import gold_figures, judge_answers, load_policy, sample_answers
+from minirlhf.lab.apart import leave_with_the_parent, run_apart
 from minirlhf.lab.best_of_n import best_of_n, best_of_n_kl
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare, unchanged
 from minirlhf.lab.measure import held_out, measure, sft_answers
@@ -81,27 +80,12 @@ def options_of(task: Task, trainer: str, out: str, options: dict) -> dict:
 
 def train_alone(trainer: str, options: dict) -> dict:
     """Run a trainer in a fresh process; returns what it took: {"seconds", "megabytes"}."""
-    words = [sys.executable, "-m", "minirlhf.lab.siblings", trainer, json.dumps(options)]
-    # the pipe to its input closes when this process ends, whatever ends it
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    printed = process.stdout.read().strip()
-    print(printed)                                       # into the task's log
-    last = printed.split("\n")[-1]
-    check(process.wait() == 0, f"{trainer} ended with code {process.returncode}: {last}")
-    return json.loads(last)
-
-
-def leave_with_the_parent() -> None:
-    """End this process when the one that started it has ended."""
-    sys.stdin.read()
-    os._exit(1)
+    return run_apart(trainer, ["-m", "minirlhf.lab.siblings", trainer, json.dumps(options)])
 
 
 def train_here(trainer: str, options: dict) -> None:
     """What the fresh process does; its last line of output has the figures."""
-    threading.Thread(target=leave_with_the_parent, daemon=True).start()
+    leave_with_the_parent()
     module, config = TRAINERS[trainer]
     started = time.process_time()                        # of its one thread, whatever else runs
     module.main(config(**options))

@@ -1,19 +1,19 @@
 """The order of the pairs that a person is shown: which come first, and which come again.
 
-Shapes: P pairs, B rows, T tokens in the padded row.
+Shapes: P pairs.
 """
 
 import torch
 
-from minirlhf.data import encode_prompt, encode_response, fit_rows, pad
+from minirlhf.data import encode_prompt, encode_response, fit_rows
 from minirlhf.engine.options import check, split_folders
 from minirlhf.engine.training import random_stream
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import ScalarModel
 from minirlhf.people.verdicts import draw_first
+from minirlhf.reward_model import Comparison, RewardModelConfig, held_out_scores
 from minirlhf.tokenizer import Tokenizer
 
-BLOCK = 64                              # rows scored at a time
 GAP = 10                                # questions between a pair and its return, at least
 
 
@@ -45,18 +45,14 @@ def disagreement(margins: torch.Tensor) -> torch.Tensor:
 def pair_margins(folder: str, pairs: list[dict]) -> torch.Tensor:
     """The margins score_a - score_b (P,) of the reward model in `folder`."""
     model, tokenizer = load_network(ScalarModel, folder), Tokenizer.load(folder)
-    rows = [encode_prompt(tokenizer, pair["prompt"]) + encode_response(tokenizer, pair[answer])
-            for pair in pairs for answer in ("answer_a", "answer_b")]               # a, b, a, b ...
+    rows = [Comparison(encode_prompt(tokenizer, pair["prompt"]),
+                       *(encode_response(tokenizer, pair[f"answer_{name}"]) for name in "ab"))
+            for pair in pairs]
     longest, most = max(map(len, rows)), model.transformer.config.n_positions
     check(not fit_rows(rows, most)[1], f"{folder}: expected pairs of at most {most} tokens, the "
           f"reward model's context, found one of {longest}; leave --uncertain out")
-    scores = []
-    with torch.no_grad():
-        for first in range(0, len(rows), BLOCK):
-            ids, lengths = pad(rows[first:first + BLOCK], tokenizer.end_token)      # (B, T), (B,)
-            scores.append(model.score(ids, lengths))                                # (B,)
-    a, b = torch.cat(scores).view(-1, 2).unbind(1)                                  # (P,), (P,)
-    return a - b
+    scores = held_out_scores(model, rows, RewardModelConfig(), tokenizer.end_token)     # (P, 2)
+    return scores[:, 0] - scores[:, 1]
 
 
 def most_uncertain_first(pairs: list[dict], names: str) -> list[dict]:

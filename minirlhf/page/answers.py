@@ -7,6 +7,7 @@ no code of its author.
 """
 
 import os
+from typing import get_args
 
 import torch
 
@@ -15,7 +16,7 @@ from minirlhf.engine.output import RUN_FILE
 from minirlhf.evaluate import Answers, judge_answers, load_policy, sample_answers
 from minirlhf.files.disk import read_json
 from minirlhf.plots import names_of
-from minirlhf.rewards import is_function, load_reward, reward_folders
+from minirlhf.rewards import Ensemble, is_function, load_reward, reward_folders
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.world import judge
 
@@ -60,7 +61,7 @@ def reward_of(ppo: list[str], tokenizer: Tokenizer):
     for folder in ppo:
         options = run_of(folder).get("config", {})
         spec, how = options.get("reward"), options.get("ensemble")
-        if not isinstance(spec, str) or how not in ("mean", "min") or is_function(spec):
+        if not isinstance(spec, str) or how not in get_args(Ensemble) or is_function(spec):
             continue
         if all(os.path.isfile(os.path.join(one, "config.json")) for one in reward_folders(spec)):
             return load_reward(spec, how, tokenizer)

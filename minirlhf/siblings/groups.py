@@ -55,11 +55,11 @@ from minirlhf.engine import parallel, training
 from minirlhf.engine.fields import Amount, Count, Device, Natural, Positive, Precision, Seed
 from minirlhf.engine.options import check, one_sentence, parse_config
 from minirlhf.engine.run_folder import RunFolder, begin, check_run_options
-from minirlhf.engine.state import fingerprint
+from minirlhf.engine.state import run_inputs
 from minirlhf.engine.training import masked_mean
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import GPT2, token_logprobs
-from minirlhf.rewards import load_gold, load_reward, reward_folders, try_once
+from minirlhf.rewards import Ensemble, load_gold, load_reward, reward_folders, try_once
 from minirlhf.tokenizer import load_tokenizer
 
 KL_IN_THE_REWARD = ("rloo", "reinforce_pp")     # the other methods have it in the loss
@@ -71,7 +71,7 @@ class GroupsConfig:
     method: Literal["rloo", "grpo", "dr_grpo", "reinforce_pp"] = "rloo"    # which of the four
     model: str = "checkpoints/sft"      # SFT folder: start of the policy, and the frozen reference
     reward: str = "checkpoints/reward_model"    # folder, folders with commas, or module:function
-    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
+    ensemble: Ensemble = "mean"    # how several reward models vote
     prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function giving records
     prompt_count: Natural = 4000        # prompts to draw from; 0: all that the file has
     gold: str = "minirlhf.world:gold_reward"    # module:function, logged and never optimised
@@ -293,9 +293,7 @@ def main(cfg: GroupsConfig) -> dict:
     try_once(prompts[0].ids, tokenizer, reward_function, gold_function, device=cfg.device)
     groups = [{"params": list(networks.parameters()), "peak": cfg.lr}]
     optimizer = torch.optim.Adam(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
-    inputs = {"--model": fingerprint(ref_policy), "--reward": reward_function.source,
-              "--prompts": fingerprint([prompt.ids for prompt in prompts]),
-              "--gold": gold_function.source if gold_function else ""}
+    inputs = run_inputs(ref_policy, reward_function, prompts, gold_function)
     print(f"{cfg.method}: {cfg.iterations} iterations of {per_rollout} prompts with {cfg.k} "
           f"responses each, reward {cfg.reward}", flush=True)
     with RunFolder(cfg, cfg.iterations, METRICS, inputs, networks, optimizer) as run:

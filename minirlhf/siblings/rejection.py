@@ -39,13 +39,13 @@ from minirlhf.engine import parallel, training
 from minirlhf.engine.fields import Amount, Count, Device, Natural, Positive, Precision, Rate, Seed
 from minirlhf.engine.options import check, one_sentence, parse_config
 from minirlhf.engine.run_folder import RunFolder, begin, check_run_options
-from minirlhf.engine.state import fingerprint
+from minirlhf.engine.state import run_inputs
 from minirlhf.engine.training import random_stream
 from minirlhf.files.pretrained import load_network
 from minirlhf.generate import generate
 from minirlhf.gpt2 import GPT2
 from minirlhf.ppo_report import totals
-from minirlhf.rewards import load_gold, load_reward, reward_folders, try_once
+from minirlhf.rewards import Ensemble, load_gold, load_reward, reward_folders, try_once
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
 SAMPLED_ROWS = 256                      # rows sampled at a time
@@ -57,7 +57,7 @@ class RejectionConfig:
     keep: Literal["best", "random"] = "best"    # which of the k; random: the control
     model: str = "checkpoints/sft"      # SFT folder: start of the policy
     reward: str = "checkpoints/reward_model"    # folder, folders with commas, or module:function
-    ensemble: Literal["mean", "min", "uwo"] = "mean"    # how several reward models vote
+    ensemble: Ensemble = "mean"    # how several reward models vote
     prompts: str = "minirlhf.world:prompts"     # .jsonl file, or module:function giving records
     prompt_count: Natural = 4000        # prompts to draw from; 0: all that the file has
     gold: str = "minirlhf.world:gold_reward"    # module:function, logged and never optimised
@@ -220,9 +220,7 @@ def main(cfg: RejectionConfig) -> dict:
     try_once(prompts[0].ids, tokenizer, reward_function, gold_function, device=cfg.device)
     groups = [{"params": list(policy.parameters()), "peak": cfg.lr}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    inputs = {"--model": fingerprint(policy), "--reward": reward_function.source,
-              "--prompts": fingerprint([prompt.ids for prompt in prompts]),
-              "--gold": gold_function.source if gold_function else ""}
+    inputs = run_inputs(policy, reward_function, prompts, gold_function)
     print(f"rejection sampling: {cfg.rounds} rounds of {cfg.prompts_per_round} prompts with "
           f"{cfg.k} responses each, of which the {cfg.keep} is kept", flush=True)
     with RunFolder(cfg, cfg.rounds, METRICS, inputs, policy, optimizer) as run:

@@ -15,12 +15,13 @@ MAX_NEW_TOKENS = 32
 
 
 def sample_responses(policy: GPT2, tokenizer: Tokenizer, questions: list[str],
-                     generator: torch.Generator) -> list[list[tuple[str, bool]]]:
+                     generator: torch.Generator,
+                     max_new_tokens: int = MAX_NEW_TOKENS) -> list[list[tuple[str, bool]]]:
     """K responses to each question: a list, one entry a question, of K pairs (text, ended)."""
     rows = [encode_prompt(tokenizer, format_prompt(question)) for question in questions
             for _ in range(SAMPLES_PER_PROMPT)]
     with torch.no_grad():
-        out = generate(policy, rows, MAX_NEW_TOKENS, end_token=tokenizer.end_token,
+        out = generate(policy, rows, max_new_tokens, end_token=tokenizer.end_token,
                        generator=generator)
     samples = []
     for row in range(len(rows)):
