@@ -263,14 +263,14 @@ class PolicyWithValue(nn.Module):
         self.policy, self.critic = policy, critic
         nn.init.zeros_(critic.score_head.weight)         # first advantages are the rewards' alone
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, temperature: float,
-                entropy_grad: bool = False):
+    def evaluate_actions(self, ids: torch.Tensor, mask: torch.Tensor, temperature: float,
+                         entropy_grad: bool = False):
         """ids (B, T), mask (B, T-1) -> logprobs, values, entropy, each (B, T-1)."""
-        hidden = self.policy.hidden(ids)                                            # (B, T, C)
-        logprobs, entropy = token_logprobs(hidden, ids, mask, self.policy.wte.weight, temperature,
+        policy, trunk = self.policy, self.critic.transformer
+        hidden, weight = policy.hidden(ids), policy.wte.weight          # (B, T, C), (V, C)
+        logprobs, entropy = token_logprobs(hidden, ids, mask, weight, temperature,
                                            entropy_grad)                            # (B, T-1) each
-        trunk = self.critic.transformer
-        states = hidden if trunk is self.policy else trunk.hidden(ids)              # (B, T, C)
+        states = hidden if trunk is policy else trunk.hidden(ids)                   # (B, T, C)
         values = self.critic.score_head(states).squeeze(2)[:, :-1]                  # (B, T-1)
         return logprobs, torch.where(mask, values, 0.0), entropy
 

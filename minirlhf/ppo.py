@@ -250,7 +250,7 @@ def forward_pass(networks: PolicyWithValue, ref_policy: GPT2, ids: torch.Tensor,
     most = math.ceil(cfg.minibatch_size / cfg.accumulation)     # rows that fit into memory
     parts = []
     for part_ids, part_mask in zip(ids.split(most), mask.split(most)):          # (b, T), (b, T-1)
-        logprobs, values, entropy = networks(part_ids, part_mask, cfg.temperature)
+        logprobs, values, entropy = networks.evaluate_actions(part_ids, part_mask, cfg.temperature)
         ref_logprobs, _ = token_logprobs(ref_policy.hidden(part_ids), part_ids, part_mask,
                                          ref_policy.wte.weight, cfg.temperature)    # (b, T-1)
         parts.append((logprobs, values, entropy, ref_logprobs))
@@ -261,9 +261,9 @@ def rollout(networks: PolicyWithValue, ref_policy: GPT2, reward_function, tokeni
             prompts: list[list[int]], cfg: PPOConfig, kl_coef: float, iteration: int) -> Rollout:
     """Sample responses, score them, and turn scores into advantages and returns."""
     mine = parallel.share(len(prompts))                  # all of them, if there is one process
-    generator = random_stream(cfg.seed, 1, iteration)
+    generator, policy = random_stream(cfg.seed, 1, iteration), networks.policy
     with torch.no_grad():
-        made = generate(networks.policy, prompts[mine], cfg.max_new_tokens, generator=generator,
+        made = generate(policy, prompts[mine], cfg.max_new_tokens, generator=generator,
                         end_token=tokenizer.end_token, temperature=cfg.temperature,
                         first_row=mine.start, where=f"iteration {iteration}")
         mask = response_mask(made.prompt_lengths, made.lengths, made.ids.shape[1])  # (B, T-1)
@@ -309,8 +309,8 @@ def update(networks: PolicyWithValue, optimizer: torch.optim.Optimizer, batch: R
         optimizer.zero_grad()
         for numbers in parallel.parts(rows, cfg.minibatch_size, cfg.accumulation):
             part = batch.rows(numbers)                   # by default the whole minibatch
-            logprobs, values, entropy = networks(part.ids, part.response_mask, cfg.temperature,
-                                                 entropy_grad=cfg.ent_coef > 0)     # (b, T-1) each
+            logprobs, values, entropy = networks.evaluate_actions(              # 3 x (b, T-1)
+                part.ids, part.response_mask, cfg.temperature, entropy_grad=cfg.ent_coef > 0)
             pg_loss, ratio = policy_loss(logprobs, part.old_logprobs, part.advantages,
                                          part.response_mask, cfg.cliprange, token_count)
             vf_loss = value_loss(values, part.old_values, part.returns, part.response_mask,
@@ -336,7 +336,7 @@ def main(cfg: PPOConfig) -> dict:
     """Train and save; returns the last row of metrics."""
     folder = begin(cfg, cfg.model, *reward_folders(cfg.reward))
     networks, ref_policy = make_networks(cfg)
-    tokenizer = load_tokenizer(folder, networks.policy)
+    tokenizer = load_tokenizer(folder, ref_policy)
     reward_function = load_reward(cfg.reward, cfg.ensemble, tokenizer, cfg.device, cfg.dtype)
     frozen = [ref_policy, *getattr(reward_function, "models", [])]
     context = min(network.config.n_positions for network in [networks.critic, *frozen])

@@ -55,7 +55,7 @@ def describe(batch, row: int, networks, ref_policy, tokenizer: Tokenizer, cfg) -
     """
     ids, mask = batch.ids[row:row + 1], batch.response_mask[row:row + 1]     # (1, T), (1, T-1)
     with torch.no_grad():
-        logprobs, _, _ = networks(ids, mask, cfg.temperature)                # (1, T-1)
+        logprobs, _, _ = networks.evaluate_actions(ids, mask, cfg.temperature)      # (1, T-1)
         ratio = (logprobs - batch.old_logprobs[row])[mask].clamp(max=80).exp()          # (n,)
         choices = [behaviour_logprobs(model.logits(model.hidden(ids)[:, :-1][mask][:TOKENS]),
                                       cfg.temperature) for model in (networks.policy, ref_policy)]

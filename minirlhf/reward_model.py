@@ -180,7 +180,7 @@ def score_pairs(model: ScalarModel, rows: list[Comparison], end_token: int):
 def train_step(model: ScalarModel, optimizer: torch.optim.Optimizer, rows: list[Comparison],
                cfg: RewardModelConfig, end_token: int, where: str) -> dict:
     """One optimiser step; returns loss, accuracy (both before the step) and gradient norm."""
-    numbers = torch.arange(len(rows))                                               # (B,)
+    numbers = list(range(len(rows)))
     totals = [0.0, 0.0]                                  # loss, right choices
     optimizer.zero_grad()
     for part in parallel.parts(numbers, cfg.batch_size, cfg.accumulation):    # one, by default
@@ -191,7 +191,7 @@ def train_step(model: ScalarModel, optimizer: torch.optim.Optimizer, rows: list[
         right = accuracy((chosen - rejected).detach().cpu()) * len(part)
         totals = [totals[0] + loss.item(), totals[1] + right]
     grad_norm = training.optimiser_step(model, optimizer, cfg.max_grad_norm, where)
-    loss, right = parallel.sums(totals, model.score_head.weight.device)
+    loss, right = parallel.sums(totals, cfg.device)
     return {"loss": loss, "accuracy": right / len(rows), "grad_norm": grad_norm}
 
 
@@ -272,7 +272,7 @@ def main(cfg: RewardModelConfig) -> dict:
     with RunFolder(cfg, total_steps, METRICS, inputs, model, optimizer) as run:
         for step in run.steps():
             training.set_learning_rate(optimizer, step, total_steps, cfg.warmup_steps, "linear")
-            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)    # (B,)
+            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)
             batch = [train[i] for i in order]
             row = train_step(model, optimizer, batch, cfg, tokenizer.end_token, f"step {step}")
             row.update(step=step + 1, lr=optimizer.param_groups[0]["lr"])

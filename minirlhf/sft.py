@@ -129,8 +129,8 @@ METRICS = ["step", "loss", "held_out_loss", "grad_norm", "lr"]
 def batch_loss(policy: GPT2, ids: torch.Tensor, mask: torch.Tensor,
                token_count: int) -> torch.Tensor:
     """The step loss's share of these rows."""
-    hidden = policy.hidden(ids)                                                     # (B, T, C)
-    logprobs, _ = token_logprobs(hidden, ids, mask, policy.wte.weight)              # (B, T-1)
+    hidden, weight = policy.hidden(ids), policy.wte.weight              # (B, T, C), (V, C)
+    logprobs, _ = token_logprobs(hidden, ids, mask, weight)                         # (B, T-1)
     return sft_loss(logprobs, mask, token_count)
 
 
@@ -147,7 +147,7 @@ def train_step(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[Demons
         loss.backward()
         total += loss.item()
     grad_norm = training.optimiser_step(policy, optimizer, cfg.max_grad_norm, where)
-    return parallel.sums([total], policy.wte.weight.device)[0], grad_norm
+    return parallel.sums([total], cfg.device)[0], grad_norm
 
 
 def evaluate(policy: GPT2, rows: list[Demonstration], cfg: SFTConfig, end_token: int) -> float:
@@ -158,7 +158,7 @@ def evaluate(policy: GPT2, rows: list[Demonstration], cfg: SFTConfig, end_token:
         for part in parallel.parts(rows, cfg.batch_size, cfg.accumulation):
             ids, mask = make_batch(part, end_token, cfg.device)
             total += batch_loss(policy, ids, mask, token_count).item()
-    return parallel.sums([total], policy.wte.weight.device)[0]
+    return parallel.sums([total], cfg.device)[0]
 
 
 def write_samples(policy: GPT2, rows: list[Demonstration], tokenizer: Tokenizer, cfg: SFTConfig,
@@ -198,7 +198,7 @@ def main(cfg: SFTConfig) -> dict:
                   f"held-out loss before {before:.3f}", flush=True)
         for step in run.steps():
             training.set_learning_rate(optimizer, step, total_steps, cfg.warmup_steps, "cosine")
-            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)    # (B,)
+            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step)
             batch = [train[i] for i in order]
             loss, grad_norm = train_step(policy, optimizer, batch, cfg, tokenizer.end_token,
                                          f"step {step}")

@@ -101,7 +101,7 @@ def test_it_is_the_iteration_that_ppo_makes(capsys):
     number = seen["number"]
     assert number == int(ppo.minibatches(ppo_cfg, 1)[0][2])
     with torch.no_grad():
-        logprobs, _, _ = networks(batch.ids, batch.response_mask, 1.0)
+        logprobs, _, _ = networks.evaluate_actions(batch.ids, batch.response_mask, 1.0)
     assert torch.allclose(logprobs[number], seen["after"]["logprobs"], atol=1e-5)
 
 

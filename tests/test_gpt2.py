@@ -320,7 +320,7 @@ def test_scores_values_and_their_gradients_are_in_float32(dtype):
     scores, dtypes = critic.score(ids, lengths), dtypes_of_products(critic)
     for networks in (PolicyWithValue(policy, critic),
                      PolicyWithValue(policy, ScalarModel(SMALL, trunk=policy))):
-        logprobs, values, entropy = networks(ids, mask, 1.0)
+        logprobs, values, entropy = networks.evaluate_actions(ids, mask, 1.0)
         ((values - 1) ** 2).sum().backward()
         assert {x.dtype for x in (scores, logprobs, values, entropy)} == {torch.float32}
         head = networks.critic.score_head.weight
@@ -367,14 +367,14 @@ def test_a_critic_starts_at_0_whatever_its_trunk():
     ids, _, mask = rows_of_tokens()
     policy = small_model()
     for critic in (randomise(ScalarModel(SMALL)), ScalarModel(SMALL, trunk=policy).double()):
-        _, values, _ = PolicyWithValue(policy, critic)(ids, mask, 1.0)
+        _, values, _ = PolicyWithValue(policy, critic).evaluate_actions(ids, mask, 1.0)
         assert not values.any()
 
 
 def test_values_are_the_heads_numbers_at_the_states_and_0_outside_the_mask():
     ids, _, mask = rows_of_tokens()
     networks = policy_with_value(shared=False)
-    logprobs, values, entropy = networks(ids, mask, 0.7, entropy_grad=True)
+    logprobs, values, entropy = networks.evaluate_actions(ids, mask, 0.7, entropy_grad=True)
     assert torch.equal(values, torch.where(mask, networks.critic(ids)[:, :-1], 0.0))
     policy = networks.policy
     expected = token_logprobs(policy.hidden(ids), ids, mask, policy.wte.weight, 0.7, True)
@@ -388,7 +388,7 @@ def test_a_shared_trunk_gives_what_a_separate_one_with_equal_weights_gives():
     assert torch.equal(shared.critic.score(ids, lengths), separate.critic.score(ids, lengths))
     results = []
     for networks in (shared, separate):
-        results.append(networks(ids, mask, 0.7))
+        results.append(networks.evaluate_actions(ids, mask, 0.7))
         logprobs, values, _ = results[-1]
         (logprobs.sum() + values.sum()).backward()
     for one, other in zip(*results):
@@ -407,7 +407,7 @@ def test_a_shared_trunk_is_computed_and_trained_once(shared):
     for module in networks.modules():
         if isinstance(module, GPT2):                 # a shared one comes up once
             module.ln_f.register_forward_hook(lambda *_: passes.append(1))
-    networks(ids, mask, 1.0)
+    networks.evaluate_actions(ids, mask, 1.0)
     assert len(passes) == (1 if shared else 2)
     trunk = sum(parameter.numel() for parameter in networks.policy.parameters())
     parameters = sum(parameter.numel() for parameter in networks.parameters())

@@ -190,7 +190,7 @@ def slow_gradient(networks: PolicyAlone, batch, cfg: GroupsConfig) -> list[torch
     mean = sum(to_go) / tokens
     deviation = math.sqrt(sum((x - mean) ** 2 for x in to_go) / tokens)
     loss, position = 0.0, 0
-    logprobs, _, _ = networks(batch.ids, batch.response_mask, cfg.temperature)
+    logprobs, _, _ = networks.evaluate_actions(batch.ids, batch.response_mask, cfg.temperature)
     for row in range(B):
         group = totals[row - row % cfg.k:][:cfg.k]
         average = sum(group) / cfg.k

@@ -296,7 +296,7 @@ def test_ppo_draws_from_a_hundred_thousand_prompts(many_prompts):
     assert len(prompts) == PROMPTS and grown < 160 and seconds < 120
     start, drawn = time.process_time(), []
     for iteration in range(20):
-        drawn += batch_order(len(prompts), 8, 0, iteration, whole=True).tolist()
+        drawn += batch_order(len(prompts), 8, 0, iteration, whole=True)
     assert time.process_time() - start < 20 * 0.5
     assert len(set(drawn)) == 20 * 8
 

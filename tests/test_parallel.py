@@ -123,7 +123,7 @@ def test_statistics_stay_in_float32_under_bfloat16(critic):
     networks, ref_policy = ppo.make_networks(ppo_config(**options_of("ppo", dtype="bfloat16",
                                                                      critic=critic)))
     ids, mask = torch.randint(0, 300, (2, 6)), torch.ones(2, 5, dtype=torch.bool)
-    assert {x.dtype for x in networks(ids, mask, 1.0)} == {torch.float32}
+    assert {x.dtype for x in networks.evaluate_actions(ids, mask, 1.0)} == {torch.float32}
     assert networks.policy(ids).dtype == networks.critic(ids).dtype == torch.float32
     with ref_policy.precision():                         # as keys come: half of the memory
         cache = generate.KVCache(ref_policy.config, torch.tensor([3]), 5, ref_policy.wte.weight)

@@ -320,7 +320,7 @@ def uniform_batch(networks: PolicyWithValue, cfg) -> Rollout:
     prompt_lengths = torch.ones(9, dtype=torch.long)
     mask = response_mask(prompt_lengths, lengths, 3)                                # (9, 2)
     with torch.no_grad():
-        logprobs, values, entropy = networks(ids, mask, 1.0)
+        logprobs, values, entropy = networks.evaluate_actions(ids, mask, 1.0)
     advantages = torch.where(mask, torch.linspace(-1, 2, 18).view(9, 2), 0.0)
     nothing = torch.zeros(9, 2)
     return Rollout(ids, prompt_lengths, lengths, ids[:, 1] == 2, mask, sampled_logprobs=logprobs,
@@ -396,7 +396,7 @@ def test_the_rollout_holds_what_the_alignment_law_says():
     networks, ref_policy, batch = fresh_rollout(ppo_config(reward=reward_folder(), temperature=0.8))
     networks.critic.score_head.weight.data.normal_()
     with torch.no_grad():
-        logprobs, values, _ = networks(batch.ids, batch.response_mask, 0.8)
+        logprobs, values, _ = networks.evaluate_actions(batch.ids, batch.response_mask, 0.8)
         for b in range(len(batch.ids)):
             alone = batch.ids[b:b + 1, :batch.lengths[b]]                           # (1, length)
             table = (networks.policy(alone)[0] / 0.8).log_softmax(1)                # (length, V)
@@ -570,7 +570,7 @@ def test_the_entropy_bonus_gives_gradient_and_raises_entropy():
         batch.advantages = torch.zeros_like(batch.advantages)
         metrics = update(networks, torch.optim.SGD(networks.parameters(), lr=0.1), batch, cfg, 0)
         with torch.no_grad():
-            _, _, entropy = networks(batch.ids, batch.response_mask, 1.0)
+            _, _, entropy = networks.evaluate_actions(batch.ids, batch.response_mask, 1.0)
         gain = (entropy - batch.entropy)[batch.response_mask].mean().item()
         if ent_coef == 0:
             assert metrics["grad_norm"] == 0 and abs(gain) < 1e-6
@@ -713,7 +713,7 @@ def test_the_saved_policy_and_critic_are_what_was_trained(monkeypatch, tmp_path,
     mask = torch.ones(3, 8, dtype=torch.bool)
     critic_folder = str(tmp_path / "critic")
     with torch.no_grad():
-        _, values, _ = networks(ids, mask, 1.0)
+        _, values, _ = networks.evaluate_actions(ids, mask, 1.0)
         saved = load_network(ScalarModel, critic_folder)(ids)[:, :-1]
     torch.testing.assert_close(values, saved)
     assert values.abs().max() > 1e-3

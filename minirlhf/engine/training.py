@@ -29,8 +29,8 @@ def random_stream(seed: int, *counters: int) -> torch.Generator:
 
 
 def batch_order(total: int, batch_size: int, seed: int, step: int,
-                whole: bool = False) -> torch.Tensor:
-    """Row numbers (B,) of the batch at `step`: every row once in each epoch, in shuffled order.
+                whole: bool = False) -> list[int]:
+    """The row numbers of the batch at `step`: every row once in each epoch, in shuffled order.
 
     The last batch of an epoch is smaller when `batch_size` does not divide `total`; with `whole`
     it is left out.
@@ -39,7 +39,7 @@ def batch_order(total: int, batch_size: int, seed: int, step: int,
     batches = total // batch_size if whole else math.ceil(total / batch_size)
     epoch, position = divmod(step, batches)
     order = torch.randperm(total, generator=random_stream(seed, 0, epoch))          # (total,)
-    return order[position * batch_size:(position + 1) * batch_size]
+    return order[position * batch_size:(position + 1) * batch_size].tolist()
 
 
 # ---- masked statistics --------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: 
         group["lr"] = learning_rate(step, total_steps, group["peak"], warmup_steps, schedule)
 
 
-def check_finite(where: str, rows: torch.Tensor | None = None, /, **tensors) -> None:
+def check_finite(where: str, rows: list[int] | torch.Tensor | None = None, /, **tensors) -> None:
     """Stop with `FloatingPointError` at the first value that is NaN or infinite.
 
     `rows` are the numbers in the batch of the tensors' rows, when they hold a part of it.

@@ -43,7 +43,8 @@ def each_value_loss(values: torch.Tensor, row: ppo.Rollout, cfg: ppo.PPOConfig) 
 def look(networks: PolicyWithValue, row: ppo.Rollout, cfg: ppo.PPOConfig) -> dict:
     """What the update sees of one row with the networks as they are now: (T-1,) each."""
     with torch.no_grad():
-        logprobs, values, _ = networks(row.ids, row.response_mask, cfg.temperature)     # (1, T-1)
+        logprobs, values, _ = networks.evaluate_actions(row.ids, row.response_mask,
+                                                        cfg.temperature)            # (1, T-1)
         _, ratio = ppo.policy_loss(logprobs, row.old_logprobs, row.advantages, row.response_mask,
                                    cfg.cliprange)                                   # (1, T-1)
     losses, slopes = each_loss(logprobs, row, cfg)
@@ -55,7 +56,8 @@ def first_step(networks: PolicyWithValue, part: ppo.Rollout, cfg: ppo.PPOConfig)
     """The losses of the first minibatch, as `update` is about to compute them."""
     count = int(part.response_mask.sum())
     with torch.no_grad():
-        logprobs, values, _ = networks(part.ids, part.response_mask, cfg.temperature)   # (b, T-1)
+        logprobs, values, _ = networks.evaluate_actions(part.ids, part.response_mask,
+                                                        cfg.temperature)            # (b, T-1)
         pg_loss, _ = ppo.policy_loss(logprobs, part.old_logprobs, part.advantages,
                                      part.response_mask, cfg.cliprange, count)
         vf_loss = ppo.value_loss(values, part.old_values, part.returns, part.response_mask,

@@ -281,7 +281,7 @@ def main(cfg: DPOConfig) -> dict:
     with RunFolder(cfg, total_steps, METRICS, inputs, policy, optimizer) as run:
         for step in run.steps():
             training.set_learning_rate(optimizer, step, total_steps, cfg.warmup_steps, "linear")
-            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step, True)  # (B,)
+            order = training.batch_order(len(train), cfg.batch_size, cfg.seed, step, True)
             row = train_step(policy, ref_policy, optimizer, [train[i] for i in order], cfg,
                              tokenizer.end_token, f"step {step}")
             if step == 0:

@@ -203,7 +203,7 @@ class PolicyAlone(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
+    def evaluate_actions(self, ids: torch.Tensor, mask: torch.Tensor, temperature: float):
         """ids (B, T), mask (B, T-1) -> logprobs, values, entropy, each (B, T-1)."""
         logprobs, entropy = token_logprobs(self.policy.hidden(ids), ids, mask,
                                            self.policy.wte.weight, temperature)
@@ -254,7 +254,8 @@ def update(networks: PolicyAlone, optimizer: torch.optim.Optimizer, batch: ppo.R
         for places in parallel.parts(torch.arange(len(rows)), cfg.minibatch_size,
                                      cfg.accumulation):
             part, weight = batch.rows(rows[places]), weights[places]     # the whole, by default
-            logprobs, _, _ = networks(part.ids, part.response_mask, cfg.temperature)
+            logprobs, _, _ = networks.evaluate_actions(part.ids, part.response_mask,
+                                                       cfg.temperature)             # (b, T-1)
             # a weighted sum: the weights are in the advantages, and nothing is divided by 1
             pg_loss, ratio = ppo.policy_loss(logprobs, part.old_logprobs, weight * part.advantages,
                                              part.response_mask, cliprange, token_count=1)

@@ -14,7 +14,7 @@ The algorithm, once per round:
 Choices and deviations:
  1. `--keep random` keeps one of the k by chance: the control. What it gains is no merit of the
     reward.
- 2. Only responses that ended are kept, because SFT would teach an end that was never chosen. A
+ 2. Only responses that ended are kept: one that was cut off would teach to go on without an end. A
     prompt whose responses all ran into the limit is left out and counted.
  3. The best is taken per prompt. The best of all would be those of the easiest prompts.
  4. With one round this is best-of-k put into the weights; with several it is expert iteration. The
@@ -192,7 +192,7 @@ def train(policy: GPT2, optimizer: torch.optim.Optimizer, rows: list[sft.Demonst
         training.set_learning_rate(optimizer, begun + step, cfg.rounds * per_round,
                                    cfg.warmup_steps, "linear")
         order = training.batch_order(len(rows), cfg.batch_size, cfg.seed,
-                                     number * steps + step)                         # (B,)
+                                     number * steps + step)
         loss, grad_norm = sft.train_step(policy, optimizer, [rows[i] for i in order], cfg,
                                          end_token, f"round {number}, step {step}")
         losses.append(loss)
@@ -222,7 +222,7 @@ def main(cfg: RejectionConfig) -> dict:
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     inputs = run_inputs(policy, reward_function, prompts, gold_function)
     print(f"rejection sampling: {cfg.rounds} rounds of {cfg.prompts_per_round} prompts with "
-          f"{cfg.k} responses each, of which the {cfg.keep} is kept", flush=True)
+          f"{cfg.k} responses each; kept per prompt: the {cfg.keep} one", flush=True)
     with RunFolder(cfg, cfg.rounds, METRICS, inputs, policy, optimizer) as run:
         for number in run.steps():
             order = training.batch_order(len(prompts), cfg.prompts_per_round, cfg.seed, number,
