@@ -331,7 +331,7 @@ def column(run: dict, name: str) -> list[float]:
     lines = run["table"].split("\n")
     place = len(lines[1]) - len(lines[1].split(name)[0]) - len(name)
     end = len(lines[1]) - place
-    return [float(line[end - 14:end]) for line in lines[2:-1]]
+    return [float(line[:end].split()[-1]) for line in lines[2:-1]]
 
 
 def test_the_stored_runs_show_what_the_explanations_say():

@@ -57,15 +57,15 @@ def first_advantage() -> float:
 
 
 def slope() -> float:
-    """Of the policy loss at ratio 1.5 and advantage -1."""
-    logprobs = tensor([math.log(1.5)]).requires_grad_()
-    policy_loss(logprobs, tensor([0]), tensor([-1]), ones(1, 1), 0.2)[0].backward()
+    """Of the policy loss at ratio 1.3 and advantage -2."""
+    logprobs = tensor([math.log(1.3)]).requires_grad_()
+    policy_loss(logprobs, tensor([0]), tensor([-2]), ones(1, 1), 0.2)[0].backward()
     return logprobs.grad.item()
 
 
 def reweighted() -> float:
     """The second response's probability at the optimum."""
-    return best_policy(tensor(0.8, 0.2), tensor(0, 1), 0.5)[1].item()
+    return best_policy(tensor(0.9, 0.1), tensor(0, 1), 0.5)[1].item()
 
 
 def steps_per_iteration() -> int:
@@ -147,22 +147,22 @@ EXERCISES = [
                (1.5, "That is lambda 1: the score minus the value."))),
     Question(
         "paper_clip", 4, 10, "medium", "does the clip stop this token?",
-        "A token has ratio 1.5 and advantage -1; the clip range is 0.2. It is the only token. What "
+        "A token has ratio 1.3 and advantage -2; the clip range is 0.2. It is the only token. What "
         "is the derivative of the policy loss by its log-probability?",
-        slope, "Which of the two losses is larger, 1.5 or 1.2? Then differentiate that one.",
-        "The losses are 1.5 (unclipped) and 1.2 (clipped). The larger one is the unclipped, "
-        "exp(difference), whose derivative is 1.5. A bad token that has become likelier is pushed "
-        "back however far it went.", SMALL_ERROR,
-        slips=((0, "That would hold for advantage 1. With -1 the unclipped loss is the larger "
-                "one."), (1.2, "The clipped loss has no derivative at all, it is constant."),
-               (-1.5, "The sign: minimising must lower the probability."))),
+        slope, "Which of the two losses is larger, 2.6 or 2.4? Then differentiate that one.",
+        "The losses are 2.6 (unclipped) and 2.4 (clipped). The larger one is the unclipped, "
+        "2 exp(difference), whose derivative is 2.6. A bad token that has become likelier is "
+        "pushed back however far it went.", SMALL_ERROR,
+        slips=((0, "That would hold for advantage 2. With -2 the unclipped loss is the larger "
+                "one."), (2.4, "The clipped loss has no derivative at all, it is constant."),
+               (-2.6, "The sign: minimising must lower the probability."))),
     Question(
         "paper_optimum", 4, 10, "medium", "where does PPO go with a KL penalty?",
-        "The reference gives two responses probabilities 0.8 and 0.2; their scores are 0 and 1, "
+        "The reference gives two responses probabilities 0.9 and 0.1; their scores are 0 and 1, "
         "and kl_coef is 0.5. What is the second one's probability under the best policy?",
-        reweighted, "Weights 0.8 exp(0 / 0.5) and 0.2 exp(1 / 0.5), then normalise.",
-        "0.2 * exp(2) = 1.478 beside 0.8: 1.478 / 2.278 = 0.6488.", SMALL_ERROR,
-        slips=((0.2919, "You multiply the score by kl_coef; it is divided."),
+        reweighted, "Weights 0.9 exp(0 / 0.5) and 0.1 exp(1 / 0.5), then normalise.",
+        "0.1 * exp(2) = 0.739 beside 0.9: 0.739 / 1.639 = 0.4509.", SMALL_ERROR,
+        slips=((0.1548, "You multiply the score by kl_coef; it is divided."),
                (0.8808, "The reference is missing: that is the optimum of an entropy bonus."))),
     Question(
         "paper_steps", 5, 5, "easy", "how often does Adam step?",

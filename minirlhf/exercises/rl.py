@@ -42,6 +42,11 @@ def gae_without_mask(rewards, values, mask, gamma, lam):
     return gae(rewards, values, torch.ones_like(mask), gamma, lam)
 
 
+def gae_masked_at_the_end(rewards, values, mask, gamma, lam):
+    """The result is masked, what goes in is not."""
+    return tuple(x * mask for x in gae(rewards, values, torch.ones_like(mask), gamma, lam))
+
+
 def gae_of_padding(rewards, values, mask, gamma, lam):
     """The value of the padding after the last action is used."""
     beyond = torch.nn.functional.pad(values[:, 1:], (0, 1))
@@ -77,6 +82,8 @@ GAE = Code(
      (gae_of_padding, "The value of the padding after the last action is in your errors. It counts "
       "as 0."),
      (gae_without_mask, "Rewards and values of padding or prompt are in your result: mask first."),
+     (gae_masked_at_the_end, "You mask the result only. By then the padding's rewards and values "
+      "have flowed into the response: mask them first."),
      (gae_from_the_left, "You go from left to right. What comes later flows back: begin at the "
       "last token."),
      (gae_returns_of_rewards, "The advantages are right. The returns are advantages + values, with "
