@@ -90,8 +90,8 @@ class PPOConfig:
     kl_old_stop: Amount = 0.0           # > 0: end an update when kl_old exceeds it, nats per token
     accumulation: Count = 1             # parts that a minibatch is computed in, to save memory
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
-    device: Device = "cpu"              # cpu, cuda, mps
+    dtype: Precision = "float32"        # of matrix products
+    device: Device = "cpu"              # where to compute
     sample_every: Count = 5             # iterations between token tables, and kept answers
     save_every: Count = 5               # iterations between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out
@@ -103,6 +103,8 @@ class PPOConfig:
               f"larger than --batch_size {self.batch_size}")
         check(self.kl_horizon >= self.batch_size or self.kl_target == 0, f"--kl_horizon is "
               f"{self.kl_horizon}, expected at least the --batch_size of {self.batch_size}")
+        check(self.critic_warmup <= self.iterations, f"--critic_warmup {self.critic_warmup} is "
+              f"longer than the run of --iterations {self.iterations}")
 
 
 # ---- the mathematics -----------------------------------------------------------------------------

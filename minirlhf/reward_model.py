@@ -63,8 +63,8 @@ class RewardModelConfig:
     norm_samples: Count = 256           # SFT responses on which scores get mean 0 and deviation 1
     accumulation: Count = 1             # parts that a step's batch is cut into, to save memory
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
-    device: Device = "cpu"              # cpu, cuda, mps
+    dtype: Precision = "float32"        # of matrix products
+    device: Device = "cpu"              # where to compute
     eval_every: Count = 50              # steps between held-out accuracies
     save_every: Count = 50              # steps between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out

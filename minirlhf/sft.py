@@ -61,8 +61,8 @@ class SFTConfig:
     max_grad_norm: Positive = 1.0       # gradients are clipped to this norm
     max_new_tokens: Count = 32          # longest response in the samples, tokens
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
-    device: Device = "cpu"              # cpu, cuda, mps
+    dtype: Precision = "float32"        # of matrix products
+    device: Device = "cpu"              # where to compute
     eval_every: Count = 50              # steps between held-out losses and samples
     save_every: Count = 50              # steps between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out

@@ -47,6 +47,7 @@ def test_help_of_a_module_lists_every_option_with_its_comment(name):
     assert "".join(module.__doc__.split("\n")[0].split()) in words
     for field, comment in field_comments(type(config())).items():
         assert f"--{field}" in done.stdout and "".join(comment.split()) in words, field
+    assert "(oneof'float32','bfloat16';default:'float32')" in words
 
 
 @pytest.mark.parametrize("name", ["reward_model", "ppo"])
@@ -179,6 +180,7 @@ def test_bad_input_is_refused_in_one_sentence(monkeypatch, capsys, tmp_path, bad
     ("ppo", "gold", "no_such_module:f", "found none named 'no_such_module'"),
     ("ppo", "reward", "helpers:nan_reward", "scores is not finite at iteration 0, index [7]"),
     ("ppo", "reward", "helpers:column_reward", "returned (1, 1), expected a tensor of shape (1,)"),
+    ("ppo", "critic_warmup", 9, "--critic_warmup 9 is longer than the run of --iterations"),
     ("ppo", "minibatch_size", 9, "--minibatch_size 9 is larger than --batch_size 8"),
     ("ppo", "critic", "none", "--critic is 'none', expected one of separate, shared"),
     ("ppo", "ensemble", "max", "--ensemble is 'max', expected one of mean, min"),

@@ -167,6 +167,7 @@ def test_the_same_command_prints_the_same_and_another_response_another_text(caps
 @pytest.mark.parametrize("options, words", [
     ({"run": "nowhere"}, "nowhere: no such folder; first run `python -m minirlhf`"),
     ({"reward": "nowhere/at_all"}, "nowhere/at_all: no such folder"),
+    ({"run": sft_folder()}, "has no folder `critic`, expected what minirlhf.ppo wrote"),
     ({"response": 4}, "--response is 4, expected less than 4")])
 def test_what_is_missing_is_told_in_one_sentence(options, words):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):

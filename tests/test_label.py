@@ -1,5 +1,6 @@
 """label/: the pairs that a person sees, the session, and how far the verdicts agree."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -251,6 +252,9 @@ def test_a_folder_or_file_of_somebody_else_is_not_touched(tmp_path):
     with pytest.raises(ValueError, match="notes.txt is a file, expected the name of a folder"):
         main(stored(tmp_path, out=str(notes)), by_text("good"))
     notes.rename(Path(cfg.out, FILE))
+    again = dataclasses.replace(cfg, data=os.path.join(cfg.out, ".", FILE))
+    with pytest.raises(ValueError, match="would grow by its own verdicts; name another folder"):
+        main(again, by_text("good"))
     with pytest.raises(ValueError, match="verdicts.jsonl:1: expected a verdict"):
         main(cfg, by_text("good"))
     assert Path(cfg.out, FILE).read_text() == "mine"

@@ -49,7 +49,7 @@ class BenchmarkConfig:
     """Options of `python -m minirlhf.benchmark`."""
     runs: Count = 3                     # iterations of each kind; tables show medians
     naive_runs: Count = 2               # iterations of the naive baseline, minutes each
-    device: Device = "cpu"              # cpu, cuda, mps
+    device: Device = "cpu"              # where to compute
     trl: str = ""                       # interpreter that has TRL 1.x: its trainer beside ours
     quick: bool = False                 # tiny networks: for a smoke test
     out: str = "checkpoints/benchmark.json"    # file for all figures; the tables go beside it

@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+import typing
 
 # ---- values --------------------------------------------------------------------------------------
 
@@ -64,13 +65,15 @@ def parse_config(config_class, arguments: list[str] | None = None):
     summary = (sys.modules[config_class.__module__].__doc__ or "").strip().split("\n")[0]
     parser = Parser(description=summary, allow_abbrev=False,
                     usage="%(prog)s [--option value ...]   (--help lists them)")
-    comments = field_comments(config_class)
+    comments, kinds = field_comments(config_class), typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind = type(field.default)
         parsed = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         option = parser.add_argument(f"--{field.name}", default=field.default, **parsed)
         # set afterwards: some versions of argparse append the default of a flag, others do not
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})"
+        words = ", ".join(map(repr, typing.get_args(kinds[field.name])))    # none: any value
+        text = f"{comments.get(field.name, '')} ({words and f'one of {words}; '}default: " \
+               f"{field.default!r})"
         option.help = text.replace("%", "%%")
     return config_class(**vars(parser.parse_args(arguments)))
 

@@ -65,6 +65,12 @@ def attention_to_zeros(q, k, v):
     return (q @ k.T / math.sqrt(q.shape[1])).tril().softmax(1) @ v
 
 
+def attention_without_itself(q, k, v):
+    """The mask hides the diagonal, too."""
+    past = torch.ones(len(q), len(q), dtype=torch.bool).tril(-1)                    # (T, T)
+    return torch.where(past, q @ k.T / math.sqrt(q.shape[1]), -math.inf).softmax(1) @ v
+
+
 ATTENTION = Code(
     attention, 1, 25, "medium", "causal attention of one head",
     (tensor([0], [0], [0]), tensor([1], [2], [3]), tensor([2], [4], [9])),
@@ -75,7 +81,9 @@ ATTENTION = Code(
      (attention_unscaled, "The scores are not divided by sqrt(hs)."),
      (attention_by_size, "The scores are divided by hs; it is its square root."),
      (attention_to_zeros, "Scores of the future are 0 in your version, and exp(0) is 1: they still "
-      "get weight. Use -inf.")),
+      "get weight. Use -inf."),
+     (attention_without_itself, "Your mask hides the diagonal, too. Row t looks at itself; without "
+      "that row 0 has nothing to look at, and its softmax is NaN.")),
     "All scores at once are q @ k.T, (T, T). tril() keeps what is not in the future.",
     "A score of -inf has weight exp(-inf) = 0, and the softmax normalises over what is left. "
     "Dividing by sqrt(hs) keeps the scores' deviation near 1 when q and k have deviation 1, so "

@@ -16,6 +16,7 @@ from minirlhf.gpt2 import GPT2, GPT2Config
 from minirlhf.ppo import PPOConfig, gae, minibatches, policy_loss
 from minirlhf.reward_model import bradley_terry_loss
 from minirlhf.sft import sft_loss
+from minirlhf.siblings.dpo import dpo_loss
 
 SMALL_ERROR = 0.005                 # of an answer that is rounded to three digits
 
@@ -229,10 +230,13 @@ EXERCISES = [
         "The others' mean is 1 / 3, so 3 - 0.3333 = 2.667.", SMALL_ERROR,
         slips=((2, "Your baseline contains the response itself; that is Dr. GRPO's."),)),
     Question(
-        "paper_dpo", 9, 5, "easy", "the first loss of DPO",
-        "What is DPO's loss before the first step, whatever the data and beta?",
-        lambda: math.log(2), "Policy and reference are equal.",
-        "All log-ratios are 0, and -log sigmoid(0) = log 2 = 0.6931. If a run begins otherwise, "
-        "something is wrong.", SMALL_ERROR, slips=((0.5, "That is the probability, not the "
-                                                    "loss."),)),
+        "paper_dpo", 9, 10, "easy", "one comparison under DPO",
+        "The policy gives the chosen response log-probability -10 and the rejected one -12; the "
+        "reference gives -12 and -11. beta is 0.5. What is DPO's loss?",
+        lambda: dpo_loss(tensor(-10) - tensor(-12), tensor(-12) - tensor(-11), 0.5).item(),
+        "First the two log-ratios, policy minus reference.",
+        "The log-ratios are 2 and -1, their difference is 3, times beta 1.5, and "
+        "-log sigmoid(1.5) = 0.2014.", SMALL_ERROR,
+        slips=((0.3133, "The reference is missing."), (0.0486, "beta is missing."),
+               (1.7014, "The sign: the chosen response's log-ratio minus the rejected one's."))),
 ]

@@ -62,6 +62,8 @@ def main(cfg: ExplainConfig) -> dict:
         raise FileNotFoundError(f"{', '.join(missing)}: no such folder; first run `python -m "
                                 "minirlhf` (a minute or two) or `python -m minirlhf --quick`, or "
                                 "name other folders by --run, --model, --reward")
+    check(not cfg.run or os.path.isdir(os.path.join(cfg.run, "critic")), f"{cfg.run} has no folder "
+          "`critic`, expected what minirlhf.ppo wrote")
     networks, ref_policy = ppo.make_networks(ppo_cfg)
     tokenizer = load_tokenizer(cfg.model, ref_policy)
     if cfg.run:

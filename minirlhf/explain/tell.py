@@ -101,7 +101,7 @@ def scored(seen: dict, tokenizer: Tokenizer, cfg: PPOConfig) -> str:
     total = score - cfg.kl_coef * sum(kl_ref)
     shape_of_scores = shape(seen["batch"].scores).strip()
     return f"""reward_function: one number for the whole response, {shape_of_scores}
-    score {given:.3f}, missing-end penalty {given - score:.3f}: scores {score:.3f}
+    score {given:.3f}, missing-end penalty {abs(given - score):.3f}: scores {score:.3f}
 
 kl_ref = old_logprobs - ref_logprobs; shaped_rewards: every token pays
 -{cfg.kl_coef:g} * kl_ref, and the last action gets the score.

@@ -115,6 +115,8 @@ def check_folder(out: str) -> None:
 def main(cfg: LabelConfig, ask=ask) -> dict:
     """Show pairs and keep verdicts; returns the agreement figures. `ask` is the person."""
     check_folder(cfg.out)
+    check(os.path.realpath(cfg.data) != os.path.realpath(os.path.join(cfg.out, FILE)),
+          f"--data {cfg.data} would grow by its own verdicts; name another folder by --out")
     with result_folder(cfg.out):
         file = VerdictFile(os.path.join(cfg.out, FILE))
         pairs = different(stored_pairs(cfg) if cfg.answers == "stored" else sampled_pairs(cfg))

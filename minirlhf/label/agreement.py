@@ -73,7 +73,8 @@ SENTENCES = {"self": "pairs that came again got the same verdict",
 
 def describe(report: dict) -> str:
     """`agreement` as text, one line for each figure."""
-    lines = [f"{report['choices']} choices, {report['ties']} ties, {report['skips']} skips"]
+    lines = [f"{report['choices']} choices, {report['ties']} ties, {report['skips']} skips; in "
+             "brackets 95 % intervals"]
     for name, sentence in SENTENCES.items():
         if name in report:
             share = report[name]

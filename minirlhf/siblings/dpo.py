@@ -68,8 +68,8 @@ class DPOConfig:
     weight_decay: Rate = 0.0            # AdamW's
     max_grad_norm: Positive = 1.0       # gradients are clipped to this norm
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
-    device: Device = "cpu"              # cpu, cuda, mps
+    dtype: Precision = "float32"        # of matrix products
+    device: Device = "cpu"              # where to compute
     eval_every: Count = 50              # steps between held-out figures
     save_every: Count = 50              # steps between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out

@@ -91,8 +91,8 @@ class GroupsConfig:
     max_grad_norm: Positive = 1.0       # gradients are clipped to this norm
     accumulation: Count = 1             # parts that a minibatch is computed in, to save memory
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
-    device: Device = "cpu"              # cpu, cuda, mps
+    dtype: Precision = "float32"        # of matrix products
+    device: Device = "cpu"              # where to compute
     sample_every: Count = 10            # iterations between printed token tables
     save_every: Count = 5               # iterations between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out

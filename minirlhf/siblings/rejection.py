@@ -76,8 +76,8 @@ class RejectionConfig:
     max_grad_norm: Positive = 1.0       # gradients are clipped to this norm
     accumulation: Count = 1             # parts that a step's batch is cut into, to save memory
     checkpointing: bool = False         # compute each layer twice, to save memory
-    dtype: Precision = "float32"        # of matrix products: float32, bfloat16
-    device: Device = "cpu"              # cpu, cuda, mps
+    dtype: Precision = "float32"        # of matrix products
+    device: Device = "cpu"              # where to compute
     save_every: Count = 1               # rounds between checkpoints
     resume: bool = False                # go on from the last checkpoint of --out
     seed: Seed = 0                      # of prompts, samples and batches
