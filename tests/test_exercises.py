@@ -356,7 +356,7 @@ def test_the_stored_runs_show_what_the_explanations_say():
 def test_a_bug_is_asked_answered_and_explained(capsys):
     assert main(ExercisesConfig(name="bug_1"))
     text = capsys.readouterr().out
-    assert "A healthy run:" in text and "old_values" in text and "double_kl" in text
+    assert "A healthy run, and below" in text and "old_values" in text and "double_kl" in text
     assert not main(ExercisesConfig(check="bug_1", answer="dropout"))
     assert main(ExercisesConfig(check="bug_1", answer="old_minus_new"))
     assert "upside down" in capsys.readouterr().out

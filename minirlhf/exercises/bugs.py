@@ -46,11 +46,12 @@ CHOICES = tuple(sorted([name for name, *_ in BUGS] + [
     "all_ended", "double_kl", "early_whitening", "value_after_end"]))
 
 
-def curve_table(curves: dict[str, list[float]]) -> str:
-    """Figures of every iteration, a line each."""
-    lines = ["iteration" + "".join(f"{name:>14}" for name in CURVES)]
-    for i in range(len(curves[CURVES[0]])):
-        lines.append(f"{i:9d}" + "".join(f"{curves[name][i]:14.3f}" for name in CURVES))
+def curve_table(healthy: dict[str, list[float]], wrong: dict[str, list[float]]) -> str:
+    """Two lines for each figure, with a column for each iteration."""
+    lines = [f"{'iteration':14}" + "".join(f"{i:8d}" for i in range(len(healthy[CURVES[0]])))]
+    for name in CURVES:
+        for title, curves in ((name, healthy), ("  this run", wrong)):
+            lines.append(f"{title:14}" + "".join(f"{value:8.3f}" for value in curves[name]))
     return "\n".join(lines)
 
 
@@ -58,8 +59,9 @@ def bug_text(name: str) -> str:
     """What is shown of a run: curves beside those of a healthy one, the last token table."""
     runs = read_json(PATH)
     choices = "\n".join(f"  {choice:18}{find(choice).wrong.__doc__}" for choice in CHOICES)
-    return (f"A healthy run:\n{curve_table(runs['healthy']['curves'])}\n\nThe same run with one "
-            f"mistake:\n{curve_table(runs[name]['curves'])}\n\nOne of its last responses:\n"
+    table = curve_table(runs["healthy"]["curves"], runs[name]["curves"])
+    return (f"A healthy run, and below each figure this run, which has one mistake:\n{table}\n\n"
+            "One of its last responses:\n"
             f"{runs[name]['table']}\n\nWhich of these is it? Answer with its name.\n{choices}")
 
 

@@ -245,6 +245,11 @@ def recognise(exercise: Code, trials: list[tuple], found: list[Observation]) -> 
     return ""
 
 
+def hint_for(name: str) -> str:
+    """Where the hint is."""
+    return f"A hint: python -m minirlhf.exercises --hint {name}"
+
+
 def check_file(exercise: Code, path: str, seconds: float = SECONDS) -> tuple[bool, str]:
     """Whether the function in the student's file is right, and what is to be said about it."""
     check(os.path.isfile(path), f"{path} is not there; write the stub first: python -m "
@@ -257,7 +262,7 @@ def check_file(exercise: Code, path: str, seconds: float = SECONDS) -> tuple[boo
                 found.append(run_attempt(path, observe, attempt, arguments,
                                          exercise.gradient_of))
             except NotImplementedError:
-                return False, f"{path}: not written yet. A hint: --hint {exercise.name}"
+                return False, f"{path}: not written yet. {hint_for(exercise.name)}"
     return judge(exercise, trials, found)
 
 
@@ -268,7 +273,7 @@ def judge(exercise: Code, trials: list[tuple], found: list[Observation]) -> tupl
     if not bad:
         return True, (f"{exercise.name}: right, on the example and in {CASES} random cases"
                       f"{', with its gradient' if exercise.gradient_of else ''}. Compare: "
-                      f"--solution {exercise.name}")
+                      f"python -m minirlhf.exercises --solution {exercise.name}")
     words = recognise(exercise, trials, found)
     place = "the example" if bad[0] == 0 else "a random case"
     text = difference(exercise, trials[bad[0]], rights[bad[0]], found[bad[0]])
@@ -285,8 +290,8 @@ def check_answer(question: Question, answer: str) -> tuple[bool, str]:
         check(answer in question.choices, f"--answer is {answer!r}, expected one of "
               f"{', '.join(question.choices)}")
         good = answer == right
-        hint = f"A hint: --hint {question.name}"
-        return good, folded(f"{answer}: yes. {question.why}" if good else f"{answer}: no. {hint}")
+        return good, (folded(f"{answer}: yes. {question.why}") if good else
+                      f"{answer}: no. {hint_for(question.name)}")
     try:
         number = float(answer)
     except ValueError:
@@ -296,4 +301,4 @@ def check_answer(question: Question, answer: str) -> tuple[bool, str]:
     for wrong, words in question.slips:
         if math.isclose(number, wrong, rel_tol=question.tolerance, abs_tol=1e-9):
             return False, folded(f"{answer}: not right. {words}")
-    return False, f"{answer}: not right. A hint: --hint {question.name}"
+    return False, f"{answer}: not right. {hint_for(question.name)}"
