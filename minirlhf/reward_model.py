@@ -106,7 +106,7 @@ def calibration_error(margins: torch.Tensor, bins: int = 10) -> float:
 
     The model states max(p, 1-p) with p = sigmoid(margin), from 0.5 to 1, for the response it
     prefers. In each of `bins` equal intervals the mean statement is compared with the share of
-    right choices; the differences are averaged by how many comparisons fall there.
+    right choices (a tie counts half); the gaps are averaged by how many comparisons fall there.
 
     Example: four statements of 0.75 of which three are right give 0.
     Source: Guo et al. 2017 (arXiv 1706.04599), section 2.

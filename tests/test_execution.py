@@ -207,7 +207,7 @@ def marked_processes(mark: str) -> list[int]:
 
 def gone(mark: str) -> bool:
     """Whether no such process is left; a killed one takes the system a moment to take away."""
-    for _ in range(100):
+    for _ in range(400):
         if not marked_processes(mark):
             return True
         time.sleep(0.02)
@@ -247,6 +247,25 @@ def test_no_descendant_of_an_answer_is_left(tmp_path, monkeypatch, prepare):
     monkeypatch.setattr(runner.secrets, "token_hex", lambda count: "0123456789abcdef" * 2)
     mark = f"{runner.SWEEP}={'0123456789abcdef' * 2}"
     run(FORK.format(prepare=prepare))
+    assert gone(mark)
+
+
+@linux
+def test_an_answer_that_waits_outlives_a_killed_run_by_seconds_only():
+    mark = f"{runner.SWEEP}={'fedcba9876543210' * 2}"
+    wait = "l = __import__('_thread').allocate_lock()\nl.acquire()\nl.acquire()"
+    run_it = ("from minirlhf.execution import runner\nrunner.WALL_SECONDS = 1.0\n"
+              "runner.secrets.token_hex = lambda count: 'fedcba9876543210' * 2\n"
+              f"runner.run_answers([({wait!r}, (1,))])")
+    ours = subprocess.Popen([sys.executable, "-c", run_it], cwd=REPOSITORY)
+    try:
+        while not marked_processes(mark):
+            assert ours.poll() is None, "it ended before it began"
+            time.sleep(0.01)
+        time.sleep(0.4)                                  # until it has its job and waits
+    finally:
+        ours.kill()
+        ours.wait()
     assert gone(mark)
 
 

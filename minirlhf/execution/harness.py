@@ -2,9 +2,9 @@
 
     python -I -S -W ignore harness.py    # the runner starts it; the job comes on stdin
 
-The job is the ascii() of (mark, source, inputs, limits). An answer is an expression in x, or
-statements that define a function f. What it should give is not in the job: the parent compares, so
-an answer finds nothing here that it could copy. Lines that begin with the mark, a new secret for
+The job is the ascii() of (mark, source, inputs, limits, seconds). An answer is an expression in x,
+or statements that define a function f. What it should give is not in the job: the parent compares,
+so an answer finds nothing here that it could copy. Lines that begin with the mark, a new secret for
 each run, go to stdout:
 
     <mark> ready                   the harness works: whatever comes next is the answer's doing
@@ -16,6 +16,7 @@ each run, go to stdout:
 """
 import os
 import resource
+import signal
 import sys
 
 PLAIN = (int, float, bool, str, type(None))
@@ -86,7 +87,8 @@ def try_input(code, is_expression: bool, names: dict, x) -> str:
 
 def main() -> None:
     """Read the job, limit ourselves, run the answer, and leave without any cleaning up."""
-    mark, source, inputs, limits = eval(sys.stdin.read())
+    mark, source, inputs, limits, seconds = eval(sys.stdin.read())
+    signal.alarm(seconds)                                # ends us if nobody is left to kill us
     guard, names = Guard(mark), {}
     sys.addaudithook(guard)
     set_limits(limits)

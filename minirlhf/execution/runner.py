@@ -16,6 +16,7 @@ process that cannot be started is not a wrong answer.
 Lecture: lectures/09-what-came-after.md, "Rewards from execution".
 """
 
+import math
 import os
 import secrets
 import select
@@ -167,7 +168,8 @@ def run_answer(source: str, inputs: tuple, batch: str) -> Outcome:
     mark = secrets.token_hex(16)
     limits = {name: value for name, value in LIMITS.items()
               if not (sys.platform == "darwin" and name in NOT_ON_MACOS)}
-    job = ascii((mark, source, inputs, limits)).encode("ascii")
+    seconds = math.ceil(WALL_SECONDS) + 1
+    job = ascii((mark, source, inputs, limits, seconds)).encode("ascii")
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     with tempfile.TemporaryDirectory(prefix="minirlhf-answer-") as folder:
         process = start_harness(folder, {**environment, SWEEP: batch})

@@ -123,8 +123,8 @@ BRADLEY_TERRY = Code(
 # ---- calibration_error ---------------------------------------------------------------------------
 
 def margins_case(rng: random.Random) -> tuple:
-    """Margins of both signs."""
-    return (draw(rng, 40, scale=2.0) + 0.5,)
+    """Margins of both signs, and ties."""
+    return (torch.cat([draw(rng, 37, scale=2.0) + 0.5, tensor(0, 0, 0)]),)
 
 
 def slow_calibration(margins):
@@ -150,6 +150,11 @@ def calibration_of_all(margins):
     return calibration_error(margins, 1)
 
 
+def calibration_without_ties(margins):
+    """A tie counts as wrong."""
+    return calibration_error(torch.where(margins == 0, -1e-12, margins))
+
+
 def calibration_unweighted(margins):
     """Every interval weighs the same."""
     stated, right = torch.sigmoid(margins.abs()), (margins > 0).double()
@@ -166,6 +171,7 @@ CALIBRATION = Code(
       "perfectly calibrated model that is not 0: compare means within each interval."),
      (calibration_of_all, "You compare one mean over all. A model that says too much here and too "
       "little there would look perfect: use intervals."),
+     (calibration_without_ties, "A margin of 0 is a tie, which counts half and not as wrong."),
      (calibration_unweighted, "Your intervals weigh the same. Weigh each by how many comparisons "
       "fall into it.")),
     "Within an interval, |mean statement - share right| times its number of comparisons is the "

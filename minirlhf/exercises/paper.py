@@ -203,7 +203,7 @@ EXERCISES = [
         lambda: 1.96 * 0.4 / math.sqrt(100), "The mean of 100 numbers varies ten times less than "
         "one of them.",
         "1.96 * 0.4 / 10 = 0.0784, so 0.52 to 0.68. For half of it you need 400 prompts.",
-        SMALL_ERROR, slips=((0.784, "That is where single prompts lie, not their mean."),
+        0.03, slips=((0.784, "That is where single prompts lie, not their mean."),
                             (0.04, "That is one deviation of the mean."))),
     Question(
         "paper_memory", 8, 10, "medium", "what do four networks weigh?",
@@ -222,7 +222,7 @@ EXERCISES = [
         "and 3640 for pretraining GPT-3. What share is that, in percent?",
         lambda: 100 * 60 / 3640, "60 / 3640.",
         "60 / 3640 = 1.648 %. Most of what a model can do was paid for before RLHF begins.",
-        SMALL_ERROR, slips=((0.01648, "In percent, please."),)),
+        0.03, slips=((0.01648, "In percent, please."),)),
     Question(
         "paper_rloo", 9, 5, "easy", "a baseline from the others",
         "Four responses to a prompt have rewards 3, 1, 0, 0. What is RLOO's advantage of the best?",

@@ -219,9 +219,9 @@ READ_HEADER = Code(
 # ---- sft_loss ------------------------------------------------------------------------------------
 
 def sft_case(rng: random.Random) -> tuple:
-    """Log-probabilities, not 0 outside the mask."""
+    """Log-probabilities, not 0 outside the mask; the step has more tokens than these."""
     mask = draw_mask(rng)
-    return -draw(rng, *mask.shape).abs(), mask, int(mask.sum())
+    return -draw(rng, *mask.shape).abs(), mask, int(mask.sum()) + rng.randint(1, 9)
 
 
 def slow_sft_loss(logprobs, mask, token_count):
@@ -247,6 +247,11 @@ def sft_mean_of_all(logprobs, mask, token_count):
     return -(logprobs * mask).mean()
 
 
+def sft_of_this_part(logprobs, mask, token_count):
+    """Divided by the part's own tokens."""
+    return -(logprobs * mask).sum() / mask.sum()
+
+
 def sft_of_rows(logprobs, mask, token_count):
     """Mean of the rows' means."""
     return -((logprobs * mask).sum(1) / mask.sum(1)).mean()
@@ -264,6 +269,8 @@ SFT_LOSS = Code(
      (sft_sum_of_all, "Prompt and padding are in your sum: the mask is not used."),
      (sft_mean_of_all, "You divide by the number of all columns. Divide by token_count, the number "
       "of response tokens."),
+     (sft_of_this_part, "You divide by the response tokens of this part. Divide by token_count, "
+      "those of the whole step: only then do the losses of its parts add up."),
      (sft_of_rows, "You take the mean of each row and then the mean of the rows, so a token of a "
       "short response weighs more. Here every token weighs the same."),
      (sft_upwards, "The sign is missing: minimising this makes the demonstrations unlikely.")),
