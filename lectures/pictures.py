@@ -1,10 +1,10 @@
 """Draw the pictures of the lectures: from the package's own functions and the stored results.
 
-    python lectures/pictures.py                  # all, into lectures/pictures
-    python lectures/pictures.py clip gae         # these two
-    python lectures/pictures.py --reliability checkpoints/rm_0,checkpoints/rm_1
-                                                 # stores how calibrated these reward models are,
-                                                 # in lectures/results/reliability.json
+    python -m lectures.pictures                 # all, into lectures/pictures
+    python -m lectures.pictures clip gae        # these two
+    python -m lectures.pictures --reliability checkpoints/rm_0,checkpoints/rm_1
+                                                # stores how calibrated these reward models are,
+                                                # in lectures/results/reliability.json
 
 The pictures are SVG files on white, so they can be read in light and dark pages. A test draws them
 again and compares.
@@ -98,17 +98,18 @@ def alignment() -> Figure:
     lines = [("action ids[t+1]", ["p1", "r0", "r1", "e", "padding"]),
              ("response_mask", ["0", "1", "1", "1", "0"]),
              ("logprobs", ["0", "log p(r0)", "log p(r1)", "log p(e)", "0"]),
-             ("rewards", ["0", "KL term", "KL term", "KL + score", "0"])]
+             ("rewards", ["0", "KL term", "KL term", "KL term\n+ score", "0"])]
     for number, (name, texts) in enumerate(lines):
         y = 1.85 - 0.52 * number
         axes.text(left - 0.15, y + 0.21, name, ha="right", va="center", fontsize=10)
         cells(axes, left + 0.5, y, texts, ["white", response, response, response, "white"], size=9)
     for t in range(5):                                   # state t -> column t -> action t + 1
         arrow(axes, (left + t + 0.5, 2.78), (left + t + 0.9, 2.3), BLUE)
-    axes.text(left + 6.15, 2.45, "state: up to ids[t]", fontsize=9, color=BLUE, va="center",
+        axes.text(left + t + 1, 0.1, str(t), ha="center", fontsize=9, color="#555555")
+    axes.text(left - 0.15, 2.54, "state ids[0..t]", fontsize=9, color=BLUE, va="center",
               ha="right")
-    axes.text(0.15, 3.34, "column t", fontsize=9, color="#555555")
-    axes.text(left + 5.6, 0.5, "T-1 columns", fontsize=9, color="#555555", va="center")
+    for y, name in ((3.34, "position"), (0.1, "column t, of T-1")):
+        axes.text(left - 0.15, y, name, ha="right", fontsize=9, color="#555555")
     return figure
 
 
@@ -116,7 +117,7 @@ def networks() -> Figure:
     """The four networks in one iteration of PPO, and the tensors between them."""
     figure, axes = drawing(10.2, 5.3)
     box(axes, 0.2, 4.3, 1.5, 0.6, "prompts", "white", "#777777")
-    box(axes, 2.5, 4.2, 2.0, 0.8, "policy\nlearns", PALE, BLUE, bold=True)
+    box(axes, 2.5, 4.3, 2.0, 0.6, "policy", PALE, BLUE, bold=True)
     box(axes, 5.4, 4.3, 2.4, 0.6, "ids (B, T)\nlengths (B,)", "white", "#777777", 9)
     arrow(axes, (1.7, 4.6), (2.5, 4.6))
     arrow(axes, (4.5, 4.6), (5.4, 4.6))
@@ -130,7 +131,8 @@ def networks() -> Figure:
         arrow(axes, (6.6, 4.3), (x + 1.05, 3.6))
         box(axes, x + 0.25, 2.05, 1.6, 0.55, result, "white", "#777777", 9)
         arrow(axes, (x + 1.05, 2.95), (x + 1.05, 2.6))
-    box(axes, 1.3, 1.1, 2.5, 0.55, "kl_ref = old - ref  (B, T-1)", "white", "#777777", 9)
+    box(axes, 1.3, 1.1, 2.5, 0.55, "kl_ref (B, T-1)\nold_logprobs - ref_logprobs", "white",
+        "#777777", 9)
     arrow(axes, (1.25, 2.05), (2.1, 1.65))
     arrow(axes, (3.8, 2.05), (3.0, 1.65))
     box(axes, 4.45, 1.1, 2.6, 0.55, "rewards (B, T-1)\nscore on the last action", "white",
@@ -174,8 +176,11 @@ def kv_cache() -> Figure:
     for first, last, text in ((0, 4, "first pass: whole prompts"), (4, 5, "second pass"),
                               (5, 6, "third pass")):
         x0, x1 = left + first * width + 0.05, left + last * width - 0.05
-        axes.plot([x0, x0, x1, x1], [2.4, 2.5, 2.5, 2.4], color="#777777", linewidth=1)
-        axes.text((x0 + x1) / 2, 2.58, text, ha="center", va="bottom", fontsize=9)
+        axes.plot([x0, x0, x1, x1], [2.55, 2.65, 2.65, 2.55], color="#777777", linewidth=1)
+        axes.text((x0 + x1) / 2, 2.73, text, ha="center", va="bottom", fontsize=9)
+    for c, name in enumerate(["column", *map(str, range(6))]):
+        axes.text(left - 0.1 if c == 0 else left + (c - 0.5) * width, 2.28, name, va="center",
+                  ha="center" if c else "right", fontsize=9, color="#555555")
     axes.text(left + 6 * width + 0.12, 1.42, "Each pass stores\nkeys and values\nof its columns.\n"
               "A new token\nlooks at all that\nis not hidden.", fontsize=9, va="center")
     return figure
@@ -285,13 +290,15 @@ def hacked() -> Figure:
     figure, panels = new_figure(10.5, 3.1, 3)
     runs = (("healthy.csv", "kl_coef 0.2", BLUE, "-"), ("hacked.csv", "kl_coef 0", ORANGE, "--"))
     for axes, column, title in zip(panels, ("score", "gold", "kl_ref"), (
-            "score, what PPO climbs", "gold, what we want", "kl_ref, nats per response")):
+            "score, what PPO climbs", "gold, what we want", "kl_ref, the distance")):
         for file, name, colour, style in runs:
             curves = read_curves(file)
             axes.plot(curves["iteration"], curves[column], color=colour, linestyle=style,
                       label=name)
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("iteration", fontsize=9)
+        axes.set_ylabel("nats per response" if column == "kl_ref" else "points per response",
+                        fontsize=9)
     panels[0].legend(fontsize=9, frameon=False)
     return figure
 
@@ -318,6 +325,8 @@ def gallery() -> Figure:
                           linestyle=style, label=figure_name)
             if column == 0:
                 axes.legend(fontsize=8, frameon=False)
+                axes.set_ylabel(("points per response", "nats per response",
+                                 "nats per token;\nshare of tokens")[row], fontsize=8)
         panels[1, column].set_yscale("symlog", linthresh=10)
         panels[0, column].set_title(name, fontsize=11, loc="left")
         panels[-1, column].set_xlabel("iteration", fontsize=9)
@@ -361,8 +370,13 @@ def one_response() -> Figure:
                       0.38, color=colour, label={"unwhitened": "advantage"}.get(name, name))
     panels[2].axhline(0, color="#777777", linewidth=0.8)
     panels[2].set_title("surprise, and what GAE makes of it", fontsize=11, loc="left")
-    for axes, columns, place in zip(panels, (2, 1, 1), ("upper left", "lower left", "upper left")):
+    panels[2].margins(y=0.22)                            # room for the names
+    for axes, columns, place, unit in zip(
+            panels, (2, 1, 2), ("upper left", "lower left", "upper left"),
+            ("probability", "points of score", "points of score")):
         axes.set_xticks(places, tokens, fontsize=9)
+        axes.set_xlabel("token", fontsize=9)
+        axes.set_ylabel(unit, fontsize=9)
         axes.legend(fontsize=9, frameon=False, loc=place, ncols=columns)
     return figure
 

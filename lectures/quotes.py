@@ -178,7 +178,8 @@ def measured(kind: str, result: dict, name: str) -> str:
     if kind == "lab":
         figures = [figure for figure in result["figures"]
                    if any(figure in arm for arm in result["arms"].values())]
-        lines = [["mean [95 % over seeds]", *figures], ["---"] * (1 + len(figures))]
+        titles = [name.replace("_", "_<wbr>") if len(figures) > 7 else name for name in figures]
+        lines = [["mean [95 % over seeds]", *titles], ["---"] * (1 + len(figures))]
         for arm, of_arm in result["arms"].items():
             lines.append([arm, *(interval(of_arm[figure]) if figure in of_arm else ""
                                  for figure in figures)])
@@ -190,13 +191,17 @@ def measured(kind: str, result: dict, name: str) -> str:
 
 
 def interval(figure: dict, sign: str = "") -> str:
-    """Mean, low and high of a stored figure.
+    """Mean, low and high of a stored figure; small ones keep a digit where a sign is asked for.
 
-    Example: {"mean": 1.234, "low": 1, "high": 1.5} gives "1.23 [1.00, 1.50]".
+    Example: {"mean": 1.234, "low": -0.003, "high": 1.5} gives "1.23 [0.00, 1.50]", and with the
+    sign "+" it gives "+1.23 [-0.003, +1.50]": a finding depends on which side of 0 an end lies.
     """
-    mean, low, high = (f"{round(figure[end], 2) + 0.0:{sign}.2f}"      # + 0.0: no -0.00
-                       for end in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    ends = []
+    for end in ("mean", "low", "high"):
+        rounded = round(figure[end], 2) + 0.0                              # + 0.0: no -0.00
+        small = sign and rounded == 0 != figure[end]
+        ends.append(f"{figure[end]:+.1g}" if small else f"{rounded:{sign}.2f}")
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
 def renew_results(lecture: str, folder: Path = FOLDER / "results" / "lab") -> tuple[str, list[str]]:

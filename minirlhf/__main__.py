@@ -141,8 +141,8 @@ def check_places(cfg: PipelineConfig) -> None:
         folder = os.path.join(cfg.out, name)
         check_output(folder, stage, cfg.base)
         path = os.path.join(folder, STATE_FILE)
-        check(not os.path.exists(path), f"{folder} holds a run that is not finished; name another "
-              f"folder by --out, or delete {path}")
+        check(not os.path.exists(path), f"{folder} holds a run that is not finished; end it by its "
+              f"own command with --resume, name another folder by --out, or delete {path}")
     report = os.path.join(cfg.out, "report.json")
     ours = os.path.isfile(report) and "plan" in read_json(report)
     for name in WRITTEN:
@@ -297,8 +297,9 @@ def main(cfg: PipelineConfig) -> dict:
     print(f"\nRLHF beats SFT in {cell(report['win_rate'])} of comparisons (gold judge, held-out "
           f"prompts, ties half, 95 % interval);\nSFT against itself: {cell(report['control'])}. "
           f"Reward models: held-out accuracy {accuracies}.")
-    print(f"{report['seconds']['total']:.0f} s in all. Wrote {path}, {picture} and {page}; next, "
-          "open the page in a browser, run  python -m minirlhf.evaluate , read lectures/00-map.md")
+    print(f"{report['seconds']['total']:.0f} s in all. Wrote {path}, {picture} and {page}.\n"
+          "Next: open the page in a browser, run  python -m minirlhf.evaluate , read "
+          "lectures/00-map.md")
     return report
 
 

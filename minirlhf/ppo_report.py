@@ -150,11 +150,11 @@ def token_table(batch, row: int, tokenizer: Tokenizer) -> str:
     names = ("old_logprobs", "ref_logprobs", "kl_ref", "rewards", "old_values", "advantages",
              "returns")
     lines = [f"prompt: {tokenizer.decode(prompt)!r}   score {batch.scores[row]:.3f}",
-             f"{'token':16}" + "".join(f"{name:>14}" for name in names)]
+             f"{'token':16}" + "".join(f"{name:>13}" for name in names)]
     for t in columns:
         text = repr(tokenizer.decode([int(batch.ids[row, t + 1])], skip_end=False))[1:-1]
-        numbers = [f"{getattr(batch, name)[row, t]:14.3f}" for name in names]
+        numbers = [f"{getattr(batch, name)[row, t]:13.3f}" for name in names]
         lines.append(f"{text:16}" + "".join(numbers))
-    totals = [f"{getattr(batch, name)[row].sum():14.3f}" for name in names[:4]]
+    totals = [f"{getattr(batch, name)[row].sum():13.3f}" for name in names[:4]]
     lines.append(f"{'sum':16}" + "".join(totals) + "   rewards = score - kl_coef * kl_ref")
     return "\n".join(lines)

@@ -267,7 +267,7 @@ def test_figures_carry_their_lowest_and_highest():
     assert machine.figure([3, 1, 2]) == {"median": 2, "low": 1, "high": 3, "runs": 3}
     above, below = machine.figure([8, 6, 9]), machine.figure([2, 2, 3])
     assert machine.ratio(above, below) == {"median": 4, "low": 2, "high": 4.5, "runs": 3}
-    assert report.show(machine.figure([3, 1, 2]), "s") == "2.0 (1.0..3.0) s"
+    assert report.show(machine.figure([3, 1, 2]), "s") == "2.0 s (1.0..3.0)"
     assert report.show(machine.figure([2]), "ms", 1000, 0) == "2,000 ms"
 
 

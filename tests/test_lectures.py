@@ -243,48 +243,6 @@ def test_the_tool_tells_a_result_renews_it_and_takes_it_away(tmp_path):
 
 # ---- figures of runs -----------------------------------------------------------------------------
 
-FIGURE = re.compile(r"([-+]?[\d,]*\.?\d+)(\s%)?<!-- ([\w./]+\.json) (.+?)(:min|:max)? -->")
-
-
-def figures_at(thing, path: str) -> list[float]:
-    """The numbers at a path like reports/*/gold in a stored result; of a list, all."""
-    things = [thing]
-    for part in path.split("/"):
-        if part == "*":
-            things = [one for thing in things
-                      for one in (thing.values() if isinstance(thing, dict) else thing)]
-        else:
-            things = [thing[int(part) if isinstance(thing, list) else part] for thing in things]
-    return [number for one in things for number in (one if isinstance(one, list) else [one])]
-
-
-def wrong_figures(text: str) -> list[str]:
-    """The figures in a text that are not, as far as they are printed, those of their marks."""
-    wrong = []
-    for printed, percent, file, path, which in FIGURE.findall(text):
-        stored = json.loads((REPOSITORY / "lectures" / "results" / file).read_text("utf-8"))
-        numbers = figures_at(stored, path)
-        value = {":min": min, ":max": max}.get(which, lambda x: sum(x) / len(x))(numbers)
-        value *= 100 if percent else 1
-        digits = len(printed.partition(".")[2])
-        if f"{value:,.{digits}f}" != printed:
-            wrong.append(f"{printed}{percent}: {file} has {value} at {path}{which}")
-    return wrong
-
-
-@pytest.mark.parametrize("name", TEXT)
-def test_a_figure_with_a_mark_is_that_of_the_stored_result(name):
-    assert wrong_figures(TEXT[name]) == []
-    marks = re.findall(r"<!-- [\w./]+\.json ", TEXT[name])
-    assert len(marks) == len(FIGURE.findall(TEXT[name])), "a mark does not stand at its figure"
-
-
-def test_a_figure_that_is_not_the_stored_one_is_noticed():
-    mark = "<!-- museum.json effects/pad_mask/right/sampled_end_rate -->"
-    assert wrong_figures(f"in 99 %{mark} and in 0.99{mark}") == []
-    assert len(wrong_figures(f"in 98 %{mark} and in 0.98{mark}")) == 2
-
-
 def test_how_many_mistakes_show_in_no_curve_is_what_the_museum_measured():
     effects = read_effects(str(REPOSITORY / "lectures" / "results" / "museum.json"))
     hidden = [name for name, effect in effects.items()
@@ -409,6 +367,47 @@ def test_at_a_formula_of_ppo_four_frames_of_ours_are_on_the_stack(formula, calle
     stack = printed.split("(Pdb) ")[5]
     frames = re.findall(r"minirlhf.*[\\/]?\w+\.py\(\d+\)(\S+)\(\)", stack)
     assert frames == ["<module>", "main", caller, formula]
+
+
+@pytest.mark.parametrize("trainer, functions", [
+    (sft, {"main", "train_step", "batch_loss", "evaluate"}),
+    (reward_model, {"main", "train_step", "held_out_scores"}),
+    (ppo, {"main", "rollout", "forward_pass", "update"})])
+def test_a_step_into_a_line_that_calls_us_does_not_enter_torch_first(trainer, functions, workshop,
+                                                                    monkeypatch):
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("MINIRLHF_PRODUCTS", "stock")     # the fast twins are no part of a tour
+    calls: dict[tuple[str, int], list[str]] = {}         # who is entered from each line, in order
+    lines: dict[types.FrameType, tuple[str, int]] = {}   # where each frame stands
+
+    def note_line(frame, event, argument):
+        lines[frame] = (frame.f_code.co_name, frame.f_lineno)
+        return note_line
+
+    def note_call(frame, event, argument):
+        if frame.f_back in lines:
+            calls.setdefault(lines[frame.f_back], []).append(frame.f_code.co_filename)
+        ours = frame.f_code.co_filename == trainer.__file__ and frame.f_code.co_name in functions
+        return note_line if ours else None
+
+    options = {sft: ["--examples", "80", "--held_out", "16", "--epochs", "1"],
+               reward_model: ["--held_out", "8"], ppo: []}[trainer]
+    config = parse_config(config_of(trainer.__name__),
+                          [*SMALL[trainer.__name__], *options, "--out", "steps"])
+    before = sys.gettrace()
+    sys.settrace(note_call)
+    try:
+        trainer.main(config)
+    finally:
+        sys.settrace(before)
+        shutil.rmtree("steps", ignore_errors=True)
+    source = Path(trainer.__file__).read_text(encoding="utf-8").split("\n")
+    loop = next(number for number, line in enumerate(source, 1) if "in run.steps()" in line)
+    entered = {place: ["minirlhf" in Path(path).parts for path in paths]
+               for place, paths in calls.items() if place[0] != "main" or place[1] >= loop}
+    entered.pop(("main", max(line for function, line in calls if function == "main")))   # publish
+    assert {function for function, _ in entered} == functions
+    assert [place for place, ours in entered.items() if any(ours) and not ours[0]] == []
 
 
 @pytest.mark.parametrize("wrong", ["p 1 + 1\n3", "b no_such_function", "p undefined_name"])

@@ -28,7 +28,7 @@ def test_a_stored_picture_is_the_one_that_the_script_draws(name, tmp_path):
     pictures.save(pictures.PICTURES[name](), tmp_path / "drawn.svg")
     drawn = (tmp_path / "drawn.svg").read_text(encoding="utf-8")
     stored = (pictures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
-    assert same_picture(drawn, stored), f"draw it again: python lectures/pictures.py {name}"
+    assert same_picture(drawn, stored), f"draw it again: python -m lectures.pictures {name}"
 
 
 def test_another_picture_is_noticed(tmp_path, monkeypatch):

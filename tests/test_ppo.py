@@ -861,7 +861,7 @@ EDGES = {
     "no clip range": {"cliprange": 0.0, "cliprange_value": 0.0},
     "gamma and lam 0": {"gamma": 0.0, "lam": 0.0},
     "no warm-up": {"warmup_iterations": 0, "iterations": 1},
-    "warm-up only": {"critic_warmup": 9, "ent_coef": 0.1},
+    "warm-up only": {"critic_warmup": 2, "iterations": 2, "ent_coef": 0.1},
     "low temperature": {"temperature": 0.05},
     "high temperature": {"temperature": 20.0}}
 

@@ -86,9 +86,13 @@ def test_the_rates_of_the_diagnosis_are_those_of_the_stored_check():
 def test_figures_that_the_readme_repeats_are_those_of_its_pages():
     short = " ".join(read("README.md").split())
     for figure, page in (("90 kill", "reliability"), ("304,700 ", "reliability"),
-                         ("10,605 ", "real-input"), ("1.57", "real-input"),
-                         ("-0.02", "real-input")):
+                         ("10,605 ", "real-input")):
         assert figure in short and figure in read(f"lectures/{page}.md"), figure
+    sft, rlhf = (stored("reviews.json")["reports"][0]["policies"][name]["score of B"]["mean"]
+                 for name in ("sft", "ppo"))
+    assert f"rises too, from {sft:.2f} to {rlhf:.2f}." in short
+    assert f"| {sft:.2f} [" in read("lectures/real-input.md")
+    assert f"| **{rlhf:.2f} [" in read("lectures/real-input.md")
 
 
 # ---- links and commands --------------------------------------------------------------------------

@@ -9,11 +9,12 @@ PHASES = ("sample", "score", "update", "iteration")
 
 
 def show(figure: dict, unit: str, factor: float = 1.0, digits: int = 1) -> str:
-    """A figure as text: median (lowest..highest), as in "2.0 (1.0..3.0) s"; small times in ms."""
+    """A figure as text: median (lowest..highest), as in "2.0 s (1.0..3.0)"; small times in ms."""
     if unit == "s" and figure["median"] < 0.1:
         unit, factor, digits = "ms", 1000 * factor, 1
     middle, low, high = [f"{factor * figure[key]:,.{digits}f}" for key in ("median", "low", "high")]
-    return f"{middle} ({low}..{high}) {unit}" if figure["runs"] > 1 else f"{middle} {unit}"
+    text = f"{middle} {unit}".strip()
+    return f"{text} ({low}..{high})" if figure["runs"] > 1 else text
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -62,8 +63,9 @@ def variants_table(result: dict) -> str:
             cells.append(" / ".join(f"{share:.0f}" for share in shares) + " %")
         rows.append([name, *cells, f"{memory / 1e9:.2f} GB" if memory else "not measured"])
     titles = ["iteration", "sampling", "scoring", "update", "whole", "share", "peak memory"]
-    return ("Each differs from the first in one thing. The share is that of the time at the "
-            "machine's limits in the time measured, in the same order.\n\n" + table(titles, rows))
+    return ("Each differs from the first in one thing. The share is the time at the machine's "
+            "limits, divided by the time measured: of sampling, scoring, update and whole.\n\n"
+            + table(titles, rows))
 
 
 def decoding_table(result: dict) -> str:

@@ -17,7 +17,6 @@ from minirlhf.files.disk import open_regular
 STAGES = {"PPO": ({"iteration", "score", "kl_ref", "entropy"}, PPO),
           "reward model": ({"step", "loss", "held_out_loss", "held_out_accuracy"}, REWARD_MODEL),
           "SFT": ({"step", "loss", "held_out_loss", "grad_norm"}, SFT)}
-TABLE_WIDTH = 7 * 14                    # the numbers of a token table in PPO's samples.txt
 UNSEEN = ("a reward, a judge or data that ask for the wrong thing; labels that are all the wrong "
           "way round; prompts unlike those of use; an option that nothing reads; a critic's "
           "gradient that is not clipped; means over padding; a KL estimate upside down. Such runs "
@@ -100,9 +99,10 @@ def sample_line(block: str) -> str:
     first = body[0].strip() if body else ""
     if not first.startswith("prompt: "):                 # SFT: prompt | response in one line
         return f"{head}: {first}"
-    tokens = [line[:-TABLE_WIDTH].rstrip("\n") for line in body[2:] if not line.startswith("sum ")]
-    # a token is padded to 16 columns: what it ends with is lost, what it begins with is not
-    response = "".join(token.rstrip() for token in tokens)
+    numbers = len(body[1].split()) - 1 if len(body) > 1 else 0
+    parts = [line.rsplit(None, numbers) for line in body[2:] if not line.startswith("sum ")]
+    # a token is padded: spaces that it ends with are lost, those it begins with are not
+    response = "".join(part[0] for part in parts if len(part) > numbers)
     return f"{head}: {first.removeprefix('prompt: ')}\n    response: {response.strip()}"
 
 

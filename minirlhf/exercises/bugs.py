@@ -26,8 +26,9 @@ BUGS = (
      "kl_ref runs away, and in the table a token with a large kl_ref has a *positive* reward: "
      "leaving the reference is paid for. The sum is score + kl_coef * kl_ref."),
     ("late_score", 10, "medium", "Add up the rewards in the table. Where is the score?",
-     "No reward in the table holds the score, and the sum of the rewards is without it. So nothing "
-     "is to be gained: kl_ref stays near 0, and a critic that always says 0 foresees everything "
+     "No reward in the table holds the score: the lines add up to 0. (The printed sum counts the "
+     "columns after the last action, too.) So nothing is to be gained: kl_ref stays near 0, and a "
+     "critic that always says 0 foresees everything "
      "(explained_var 1, vf_loss 0)."),
     ("dropout", 10, "medium", "One of the figures must be 0 in every run.",
      "ratio_first, the distance of the first ratios from 1, must be 0: before the first step the "
@@ -39,8 +40,8 @@ BUGS = (
     ("dead_critic", 15, "hard", "Look at the column old_values, and at explained_var from the "
      "first iteration to the last.",
      "The values are 0 in the last iteration as in the first, and explained_var stays at 0: the "
-     "critic is not trained. The policy still learns, for advantages from values of 0 are right in "
-     "the mean. PPO has become REINFORCE, and only its noise shows it."))
+     "critic is not trained. The policy still learns: with values of 0 an advantage is what "
+     "follows, discounted by lambda. PPO has become REINFORCE, and only its noise shows it."))
 
 CHOICES = tuple(sorted([name for name, *_ in BUGS] + [
     "all_ended", "double_kl", "early_whitening", "value_after_end"]))

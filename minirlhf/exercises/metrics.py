@@ -188,7 +188,7 @@ EXPLAINED = Code(
       "critic that is off by a constant looks worse than it is."),
      (explained_by_values, "This says how much the values vary, not whether they are right.")),
     "tensor[mask] is one row of the entries that count.",
-    "A constant error of the critic is taken away again when the advantages are whitened, so it is "
+    "With lambda 1 a constant error of the critic is taken away again by the whitening, so it is "
     "the variance of the error that counts. Below 0 the critic is worse than a constant.")
 
 

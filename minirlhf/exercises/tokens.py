@@ -139,7 +139,7 @@ TOKEN_LOGPROBS = Code(
      (plain_logits, "Logits are not log-probabilities yet: normalise them over the vocabulary.")),
     "Shift once: logits[:, :-1] belong to ids[:, 1:]. log_softmax, then gather along the last "
     "dimension.",
-    "The only shift of the project stands in this function. log_softmax is computed from the "
+    "The only shift of the three stages stands in this function. log_softmax is computed from the "
     "logits directly: the logarithm of a softmax would be -inf where a probability rounds to 0. "
     "The project's own token_logprobs in gpt2.py makes logits for masked positions only, which "
     "gives the same numbers with less memory.")

@@ -32,11 +32,11 @@ class Exhibit:
 
 
 EXHIBITS = [
-    Exhibit("temperature", "the seed lecture; trl issue 3169; OpenRLHF pull request 853",
+    Exhibit("temperature", "the seed lecture; trl pull request 3029; OpenRLHF pull request 853",
             ((generate, "next_logprobs"),), mistakes.next_logprobs, "ppo",
             "test_generate.py::test_log_probabilities_of_the_sampling_equal_those_of_a_full_forward"
             "_pass", "check_rollout"),
-    Exhibit("dropout", "the seed lecture; trlx issue 107; trl issues 4 and 454",
+    Exhibit("dropout", "the seed lecture; reef pull request 536; trl issue 3500",
             ((gpt2.MLP, "forward"),), mistakes.mlp_forward, "ppo",
             "test_museum.py::test_a_run_keeps_its_invariants", "check_first_ratio"),
     Exhibit("pad_mask", "rlhf-book; minChatGPT; mlabonne/llm-course issue 33",
@@ -99,13 +99,13 @@ EXHIBITS = [
     Exhibit("constant_kl", "hands-on-modern-rl (a penalty in the loss without a gradient)",
             ((ppo, "shaped_rewards"),), mistakes.penalty_of_the_batch, "ppo",
             "test_ppo.py::test_shaped_rewards_hand_example", "check_rollout"),
-    Exhibit("double_kl", "OpenRLHF issue 768; slime pull request 1247",
+    Exhibit("double_kl", "slime pull request 1247",
             ((ppo, "shaped_rewards"),), mistakes.penalty_counted_twice, "ppo",
             "test_ppo.py::test_shaped_rewards_hand_example", "check_rollout"),
     Exhibit("immediate_return", "llm_from_scratch",
             ((ppo, "gae"),), mistakes.gae_of_immediate_rewards, "ppo",
             "test_ppo.py::test_gae_hand_example"),
-    Exhibit("value_after_end", "verl pull request 1850; trl pull request 5303",
+    Exhibit("value_after_end", "verl pull request 50; ROLL pull request 447; trl pull request 5303",
             ((ppo, "gae"),), mistakes.gae_beyond_the_end, "ppo",
             "test_ppo.py::test_gae_hand_example"),
     Exhibit("mean_ratio", "hands-on-modern-rl",
