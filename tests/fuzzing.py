@@ -1,6 +1,7 @@
 """What the tests of all readers of files from strangers share: a tally of many mutated files.
 
-    MINIRLHF_FUZZ=100000 python -m pytest -s -k mutated
+    MINIRLHF_FUZZ=100000 python -m pytest -s \
+        -k "mutated or damaged_pickle or right_checksum or damaged_folder"
 
 runs the full numbers and prints, for each reader, how many files it met, how many were still
 valid, the time and the memory that they took. Without the variable a few thousand have to do.

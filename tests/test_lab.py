@@ -1,6 +1,7 @@
 """lab/: statistics and verdicts, best-of-n, workers, results, and the quick form of experiments."""
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -34,6 +35,7 @@ from minirlhf.lab.experiment import (
 )
 from minirlhf.lab.results import STORED, list_experiments, table, write_result
 from minirlhf.lab.shared import Task, alone
+from minirlhf.lab.sources import ROOT, changed, sources_of
 from minirlhf.rewards import ModelReward
 from minirlhf.world.collect import comparisons
 from minirlhf.world.labellers import loves_closers, loves_length, relabel
@@ -332,9 +334,20 @@ def test_what_would_mix_two_kinds_of_figures_is_refused(tmp_path):
     with pytest.raises(ValueError, match="of another size"):
         main(lab(tmp_path, quick=True))
     path = str(tmp_path / "lab" / "tiny_experiment" / "run.json")
-    write_json(path, {**read_json(path), "source": "another file"})
-    with pytest.raises(ValueError, match="its file has changed; delete"):
-        main(lab(tmp_path, resume=True))
+    begun = read_json(path)
+    own = [name for name in begun["made_by"] if name.endswith("tiny_experiment.py")]
+    for name in (*own, "minirlhf/gpt2.py", "torch", "cpu"):
+        write_json(path, {**begun, "made_by": {**begun["made_by"], name: "another"}})
+        with pytest.raises(ValueError, match=f"tiny_experiment was begun {name} changed, and"):
+            main(lab(tmp_path, resume=True))
+        write_json(path, begun)
+    main(lab(tmp_path, resume=True, seeds=1))
+    stages = str(tmp_path / "lab" / "run.json")
+    made = read_json(stages)
+    write_json(stages, {**made, "made_by": {**made["made_by"], "minirlhf/sft.py": "another"}})
+    with pytest.raises(ValueError, match="since they were made minirlhf/sft.py changed; put it"):
+        main(lab(tmp_path))
+    write_json(stages, made)
     os.unlink(path)
     with pytest.raises(ValueError, match="tiny_experiment is no experiment's"):
         main(lab(tmp_path))
@@ -345,6 +358,39 @@ def test_what_would_mix_two_kinds_of_figures_is_refused(tmp_path):
         main(lab(tmp_path, out=str(other)))
     with pytest.raises(ValueError, match="--store needs at least 4 seeds"):
         LabConfig(store=True, quick=True)
+
+
+def test_what_an_experiment_depends_on_is_what_its_tasks_come_to_run():
+    found = {name: set(sources_of(load_experiment(name).__file__))
+             for name in ("beta", "details", "execution", "labels")}
+    assert {"minirlhf/lab/beta.py", "minirlhf/lab/shared.py", "minirlhf/ppo.py",
+            "minirlhf/engine/training.py", "minirlhf/world/labellers.py"} <= found["beta"]
+    assert {"minirlhf/museum/exhibits.py", "minirlhf/lab/kl_estimators.py"} <= found["details"]
+    assert "minirlhf/execution/harness.py" in found["execution"]      # run, not imported
+    assert "minirlhf/label/__main__.py" in found["labels"]
+    for name, paths in found.items():
+        others = {path.split("/")[1] for path in paths} & {"page", "exercises", "explain"}
+        assert not others and "minirlhf/lab/pictures.py" not in paths, name
+    assert not {"minirlhf/lab/cures.py", "minirlhf/label/__main__.py"} & found["beta"]
+
+
+def test_all_that_an_experiment_imports_is_among_what_it_depends_on():
+    code = ("import json, sys, minirlhf.lab.details; print(json.dumps([module.__file__ for name, "
+            "module in sys.modules.items() if name.startswith('minirlhf')]))")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = {os.path.relpath(path, ROOT).replace(os.sep, "/") for path in json.loads(done.stdout)}
+    concluding = {"minirlhf/lab/__init__.py", "minirlhf/lab/experiment.py",
+                  "minirlhf/lab/pictures.py", "minirlhf/plots.py"}
+    assert loaded - set(sources_of(load_experiment("details").__file__)) == concluding
+
+
+def test_what_changed_is_told_by_name():
+    assert changed({"a": "1", "torch": "2.10"}, {"a": "1", "torch": "2.11"}) == "torch"
+    assert changed({}, {name: "1" for name in "abcde"}) == "a, b, c and 2 more"
+    assert changed({"a": "1"}, {"a": "1"}) == ""
+    assert changed(None, {"a": "1"}) == "a"              # a folder of before this was kept
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for other processes")
@@ -462,6 +508,7 @@ QUICK_ARMS = [("beta", "kl_coef 0.0"), ("overoptimisation", "8000 comparisons"),
               ("cures", f"{cures.NEW}, kl_coef 0.0"),
               ("cures", "score without length, kl_coef 0.0"),
               ("cures", "mean - variance of 3, kl_coef 0.05"),
+              ("cures", f"{cures.STOP}, kl_coef 0.0"),
               ("biased_labels", biased_labels.LENGTH)]
 
 

@@ -20,15 +20,18 @@ from helpers import (
 
 from minirlhf import ppo
 from minirlhf.data import response_mask
+from minirlhf.engine import training
 from minirlhf.files.disk import read_json
 from minirlhf.files.pretrained import load_network
 from minirlhf.gpt2 import GPT2, GPT2Config, ScalarModel, token_logprobs
 from minirlhf.lab import (
     collapse,
     credit,
+    cures,
     details,
     epochs_of_the_reward_model,
     forgetting,
+    judges,
     kl_estimators,
     memory,
     stages,
@@ -46,14 +49,15 @@ CLAIMED = {
     collapse: {collapse.FREE: {"distinct": 0.3, "gold": -1.0},
                collapse.BONUS: {"distinct": 0.9, "gold": 2.2},
                collapse.KL: {"distinct": 0.8, "gold": 2.5}},
+    judges: {judges.FREE: {"win_rate": 0.2, "by_other": 0.3}},
     stages: {stages.NO_SFT: {"gold": -1.0}, stages.SFT: {"gold": 0.5}, stages.GOLD: {"gold": 2.5},
              stages.NO_REFERENCE: {"gold": 0.0}},
     credit: {"lam 0": {"gold": 0.5}, "lam 1": {"gold": 0.5}, credit.COLD: {"gold_early": 0.5},
              credit.WARM: {"gold_early": 1.5}, credit.AT_END: {"gold_early": 0.2}},
     details: {"value clip off": {"gold": 1.2}},
-    forgetting: {"lr 3e-3, 2 epochs": {"fully_right_entity": 0.2},
-                 "lr 3e-4, 4 epochs": {"fully_right_entity": 0.5},
-                 "lr 3e-3, 4 epochs": {"fully_right_entity": 0.1}},
+    forgetting: {"lr 3e-3, 2 epochs": {"fully_right_entity": 0.2, "fully_right_combination": 2.0},
+                 "lr 3e-4, 4 epochs": {"fully_right_entity": 0.5, "fully_right_combination": 1.5},
+                 "lr 3e-3, 4 epochs": {"fully_right_entity": 0.1, "fully_right_combination": 2.0}},
     epochs_of_the_reward_model: {
         arm: {"held_out_loss": 2.0, "held_out_accuracy": 0.5, "calibration_error": 2.0, "gold": 0.5}
         for arm in ("2 epochs", "4 epochs")},
@@ -65,12 +69,14 @@ REFUTING = {
     collapse: {collapse.FREE: {"distinct": 0.9, "gold": 1.0},
                collapse.BONUS: {"distinct": 0.5, "gold": 0.0},
                collapse.KL: {"distinct": 0.3, "gold": 2.0}},
+    judges: {judges.FREE: {"win_rate": 1.5, "by_other": 1.5}},
     stages: {stages.NO_SFT: {"gold": 2.0}, stages.SFT: {"gold": 2.0}, stages.GOLD: {"gold": 0.0},
              stages.NO_REFERENCE: {"gold": 2.0}},
     credit: {"lam 0": {"gold": 2.0}, "lam 1": {"gold": 2.0}, credit.COLD: {"gold_early": 2.0},
              credit.WARM: {"gold_early": 0.0}, credit.AT_END: {"gold_early": 2.0}},
     details: {arm: {"gold": 1.8} for arm in details.ARMS if arm != details.CONTROL},
-    forgetting: {arm: {"fully_right_entity": 2.0} for arm in CLAIMED[forgetting]},
+    forgetting: {arm: {"fully_right_entity": 2.0, "fully_right_combination": 0.5}
+                 for arm in CLAIMED[forgetting]},
     epochs_of_the_reward_model: {
         arm: {"held_out_loss": 0.5, "held_out_accuracy": 2.0, "calibration_error": 0.5, "gold": 2.0}
         for arm in ("2 epochs", "4 epochs")},
@@ -157,10 +163,9 @@ def test_distinct_answers_are_counted_prompt_by_prompt():
     assert collapse.distinct_per_prompt([list("ab"), list("ab")]) == 1.0     # not over all of them
 
 
-def test_early_gold_is_that_of_the_second_fifth_after_the_warm_up():
-    assert credit.early(list(range(10)), 0) == 2.5
-    assert credit.early([100] * 5 + list(range(10)), 5) == 2.5
-    assert credit.early([1.0, 2.0, 3.0], 0) == 1.0
+def test_early_gold_is_that_of_the_second_fifth():
+    assert credit.early(list(range(10))) == 2.5
+    assert credit.early([1.0, 2.0, 3.0]) == 1.0
 
 
 def test_a_cold_critic_is_the_sft_model_with_a_head_of_zeros():
@@ -172,6 +177,36 @@ def test_a_cold_critic_is_the_sft_model_with_a_head_of_zeros():
     assert weights_equal(ref_policy, networks.policy)
     assert networks.critic.transformer.wte.weight is not networks.policy.wte.weight
     assert (networks.critic.score_head.weight == 0).all()
+
+
+def test_a_warm_critic_is_all_that_a_run_before_leaves_to_the_next(tmp_path):
+    before = str(tmp_path / "before")
+    quietly(ppo.main, ppo_config(out=before, iterations=2, critic_warmup=2, seed=1000))
+    cfg = ppo_config(out=str(tmp_path / "ppo"), reward=reward_folder())
+    assert weights_equal(load_network(GPT2, before), make_networks(cfg)[0].policy)
+    networks, ref_policy = credit.networks_with_the_critic_of(before)(cfg)
+    assert weights_equal(networks.critic, load_network(ScalarModel, os.path.join(before, "critic")))
+    assert (networks.critic.score_head.weight != 0).any()
+    assert weights_equal(networks.policy, make_networks(cfg)[0].policy)
+    assert weights_equal(ref_policy, networks.policy)
+
+
+def test_an_early_stop_is_the_longer_run_stopped(tmp_path):
+    """Row by row, but for the clock; without the longer run's rates it would not be."""
+    whole, stopped, shorter = (str(tmp_path / name) for name in ("whole", "stopped", "shorter"))
+    quietly(ppo.main, ppo_config(out=whole, iterations=6, warmup_iterations=1))
+    quietly(ppo.main, ppo_config(out=shorter, iterations=3, warmup_iterations=1))
+    with substituted([(training, "set_learning_rate", cures.rates_of_a_run_of(6))]):
+        quietly(ppo.main, ppo_config(out=stopped, iterations=3, warmup_iterations=1))
+    rows = metrics_without_time(whole)
+    assert metrics_without_time(stopped) == rows[:3] != metrics_without_time(shorter)
+    assert cures.stop_after(25) == 7 and cures.stop_after(1) == 1
+
+
+def test_gold_is_scaled_as_a_reward_model_is(monkeypatch):
+    scores = torch.tensor([1.0, 4.0])
+    monkeypatch.setattr(stages.ScoreFunction, "__call__", lambda self, *arguments: scores)
+    assert stages.ScaledGold(1.0, 1.5)(None).tolist() == [0.0, 2.0]
 
 
 def test_k3_in_the_reward_is_never_a_gift_and_has_the_mean_of_k1():
@@ -272,7 +307,8 @@ def quick_out(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("lab"))
 
 
-QUICK_ARMS = [(collapse, collapse.BONUS), (stages, stages.NO_SFT), (stages, stages.GOLD),
+QUICK_ARMS = [(collapse, collapse.BONUS), (judges, judges.FREE), (stages, stages.NO_SFT),
+              (stages, stages.GOLD),
               (credit, credit.WARM), (credit, credit.COLD), (credit, credit.PER_TOKEN),
               (details, details.RAW), (details, "dropout in the update"),
               (forgetting, "lr 3e-3, 1 epoch"), (epochs_of_the_reward_model, "2 epochs"),
@@ -292,9 +328,14 @@ def test_an_arm_runs_in_its_quick_form(quick_out, module, arm):
     if arm == stages.NO_SFT:
         assert config["model"] == task.base
         assert figures["gold"] < 0                       # it was not taught to answer
+    if arm == stages.GOLD:
+        mean, deviation = stages.gold_of_sft(task)
+        assert -4 < mean < 4 and 0.5 < deviation < 4
+        assert config["reward"] == reward_model_folder(task)          # the critic starts from it
     if arm == credit.WARM:
-        assert config["iterations"] == 8 and config["critic_warmup"] == 5
-        assert abs(figures["gold_by_step"][0] - figures["gold_by_step"][5]) < 1.0
+        before = read_json(os.path.join(task.folder, "before", "run.json"))["config"]
+        assert (before["iterations"], before["critic_warmup"]) == (5, 5)
+        assert (config["iterations"], config["critic_warmup"]) == (3, 0)
     if module is details:
         assert figures["stopped"] == (1.0 if arm == "dropout in the update" else 0.0)
     if module is epochs_of_the_reward_model:

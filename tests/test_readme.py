@@ -85,9 +85,12 @@ def test_the_rates_of_the_diagnosis_are_those_of_the_stored_check():
 
 def test_figures_that_the_readme_repeats_are_those_of_its_pages():
     short = " ".join(read("README.md").split())
-    for figure, page in (("90 kill", "reliability"), ("304,700 ", "reliability"),
+    for figure, page in (("90 kill", "reliability"), ("322,200 ", "reliability"),
                          ("10,605 ", "real-input")):
         assert figure in short and figure in read(f"lectures/{page}.md"), figure
+    long_tests = (RESULTS / "long_tests.txt").read_text(encoding="utf-8")
+    for what, count in (("kills", 90), ("files", 322_200), ("random cases", 148_100)):
+        assert sum(map(int, re.findall(rf": (\d+) {what}", long_tests))) == count, what
     sft, rlhf = (stored("reviews.json")["reports"][0]["policies"][name]["score of B"]["mean"]
                  for name in ("sft", "ppo"))
     assert f"rises too, from {sft:.2f} to {rlhf:.2f}." in short

@@ -5,4 +5,4 @@
 
 EXPERIMENTS = ("beta", "overoptimisation", "cures", "biased_labels", "collapse", "stages",
                "credit", "details", "forgetting", "epochs_of_the_reward_model", "kl_estimators",
-               "memory", "execution", "siblings", "labels")
+               "memory", "execution", "siblings", "labels", "judges")

@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from minirlhf.engine.fields import Count, check_fields
-from minirlhf.engine.functions import source_of
 from minirlhf.engine.options import (
     Stopped,
     check,
@@ -32,7 +31,7 @@ from minirlhf.engine.output import RUN_FILE, check_output, result_folder
 from minirlhf.engine.state import fingerprint
 from minirlhf.evaluate import load_policy
 from minirlhf.files.disk import read_json, write_json
-from minirlhf.lab import EXPERIMENTS
+from minirlhf.lab import EXPERIMENTS, shared
 from minirlhf.lab.experiment import FEWEST_SEEDS, Rows, load_experiment
 from minirlhf.lab.results import (
     STORED,
@@ -42,6 +41,7 @@ from minirlhf.lab.results import (
     write_result,
 )
 from minirlhf.lab.shared import QUICK, Sizes, Task
+from minirlhf.lab.sources import changed, made_by
 from minirlhf.lab.workers import read_result, run_tasks
 
 
@@ -66,35 +66,39 @@ class LabConfig:
 # ---- the folder ----------------------------------------------------------------------------------
 
 def check_lab_folder(cfg: LabConfig) -> None:
-    """Refuse an --out of somebody else, or one whose shared stages are of another base or size."""
+    """Refuse an --out of somebody else, or one whose shared stages would now be others."""
     check_output(cfg.out, "Lab", cfg.base)
     network, tokenizer = load_policy(cfg.base)
     options = {"base": fingerprint(network, sorted(tokenizer.vocabulary().items())),
                "quick": cfg.quick, "sizes": asdict(QUICK if cfg.quick else Sizes())}
-    path = os.path.join(cfg.out, RUN_FILE)
+    path, makers = os.path.join(cfg.out, RUN_FILE), made_by(shared.__file__)
     if os.path.exists(path):
-        saved = read_json(path).get("options")
-        check(saved == options, f"{cfg.out} holds stages of another base model, or of another size "
-              "(--quick); name another folder by --out")
-    write_json(path, {"command": "Lab", "options": options})
+        saved = read_json(path)
+        check(saved.get("options") == options, f"{cfg.out} holds stages of another base model, or "
+              "of another size (--quick); name another folder by --out")
+        names = changed(saved.get("made_by"), makers)
+        check(not names, f"{cfg.out} holds stages that all experiments start from, and since they "
+              f"were made {names} changed; put it back, or name another folder by --out")
+    write_json(path, {"command": "Lab", "options": options, "made_by": makers})
 
 
 def begin_experiment(cfg: LabConfig, name: str) -> None:
     """Refuse what --resume asks for, or what would be lost without it; note that it has begun."""
     folder = os.path.join(cfg.out, name)
-    path, source = os.path.join(folder, RUN_FILE), source_of(load_experiment(name).run)
-    saved = {"source": source, "finished": True}
+    path, makers = os.path.join(folder, RUN_FILE), made_by(load_experiment(name).__file__)
+    saved = {"made_by": makers, "finished": True}
     if os.path.lexists(folder):
         check(os.path.exists(path), f"{folder} is no experiment's; move it away")
         saved = read_json(path)
     if cfg.resume:
-        check(saved.get("source") == source, f"--resume: the experiment {name} is not the one that "
-              f"{folder} was begun with: its file has changed; delete {folder}")
+        names = changed(saved.get("made_by"), makers)
+        check(not names, f"--resume: since {folder} was begun {names} changed, and figures from "
+              f"before and after must not be mixed; put it back, or delete {folder}")
     else:
         check(saved.get("finished") is True, f"{folder} holds an experiment that is not finished; "
               f"go on with it by --resume, or delete {folder}")
         shutil.rmtree(folder, ignore_errors=True)
-    write_json(path, {"source": source, "finished": False})
+    write_json(path, {"made_by": makers, "finished": False})
 
 
 # ---- running -------------------------------------------------------------------------------------

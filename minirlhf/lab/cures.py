@@ -4,10 +4,12 @@ The reward model is a weak one, of 2,000 comparisons, so that there is something
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 
 from minirlhf import ppo
+from minirlhf.engine import training
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
 from minirlhf.lab.measure import measure
 from minirlhf.lab.overoptimisation import smooth
@@ -35,13 +37,15 @@ ABOUT = Experiment(
            "Bai et al. 2022 (arXiv 2204.05862) for new comparisons, Gao et al. 2022 for the rest",
     rule="Shown if each cure, alone and at kl_coef 0, ends with more gold than one reward model at "
          "kl_coef 0, by the intervals over seeds; refuted if one ends with less. New comparisons "
-         "are held against as many comparisons of the SFT model.",
+         "are held against as many comparisons of the SFT model; an early stop is the run of one "
+         "reward model as it is after 7 of its 25 iterations.",
     figures=("gold", "gold_best", "gold_fall", "score", "kl_ref", "length", "fully_right"),
     units={"gold_best": "points per response", "gold_fall": "points per response"})
 
 ONE, NEW, MORE = "one reward model", "new comparisons, two rounds", "one, as many comparisons"
+STOP = "early stop"
 CURES = (ONE, MORE, "mean of 3", "minimum of 3", "mean - variance of 3", "score without length",
-         NEW, "early stop")
+         NEW, STOP)
 VOTES = {"mean of 3": "mean", "minimum of 3": "min", "mean - variance of 3": "uwo"}
 ARMS = {f"{cure}, kl_coef {kl_coef}": (cure, kl_coef) for kl_coef in (0.0, 0.05) for cure in CURES
         if (cure, kl_coef) != (MORE, 0.05)}
@@ -72,6 +76,21 @@ def load_without_length(*arguments) -> ModelReward:
     return ScoreWithoutLength(load_reward(*arguments).models, "mean")
 
 
+set_learning_rate = training.set_learning_rate
+
+
+def rates_of_a_run_of(iterations: int) -> Callable:
+    """In the place of `training.set_learning_rate`: the rates of a run of so many iterations.
+
+    Nothing else of an iteration depends on how many there are. So a shorter run is, iteration by
+    iteration, the longer one stopped.
+    """
+    def rates(optimizer, step: int, total_steps: int, *others) -> None:
+        """`training.set_learning_rate` with its own arguments."""
+        set_learning_rate(optimizer, step, iterations, *others)
+    return rates
+
+
 def train_with_new_comparisons(task: Task, **options) -> tuple[str, str]:
     """Two rounds: PPO, comparisons of the policy that it made, a new reward model; then PPO again.
 
@@ -92,6 +111,11 @@ def train_with_new_comparisons(task: Task, **options) -> tuple[str, str]:
     return train_policy(task, reward=reward, **options), reward
 
 
+def stop_after(iterations: int) -> int:
+    """Where a run is stopped early, whatever its gold: after 7 of 25 iterations."""
+    return max(1, iterations * 3 // 10)
+
+
 def run(task: Task) -> dict:
     """PPO with one cure at one kl_coef."""
     cure, kl_coef = ARMS[task.arm]
@@ -103,14 +127,17 @@ def run(task: Task) -> dict:
     elif cure == "score without length":
         with substituted([(ppo, "load_reward", load_without_length)]):
             folder = train_policy(task, reward=reward, **options)
+    elif cure == STOP:
+        rates = rates_of_a_run_of(options["iterations"])
+        options["iterations"] = stop_after(options["iterations"])
+        with substituted([(training, "set_learning_rate", rates)]):
+            folder = train_policy(task, reward=reward, **options)
     else:
         if cure == MORE:
             reward = reward_model_folder(task, comparisons=COMPARISONS + 2 * NEW_COMPARISONS)
         if cure in VOTES:
             reward = ",".join(reward_model_folder(task, number, COMPARISONS)
                               for number in (1, 2, 3))
-        if cure == "early stop":
-            options["iterations"] = max(1, task.sizes.iterations * 3 // 10)
         folder = train_policy(task, reward=reward, **options)
     path = series(folder, "gold", "score", "kl_ref")
     gold = smooth(path["gold_by_step"])

@@ -18,8 +18,10 @@ ABOUT = Experiment(
           "only the base model knew; further epochs do the same.",
     source="a first run of this project with one seed (0.62 to 0.25 at 3e-3)",
     rule="Shown if, with 2 epochs, lr 3e-3 has fewer fully right answers about entities that no "
-         "demonstration asks about than 3e-4 has; and if 4 epochs have fewer than 1, at lr 3e-4 "
-         "and at 3e-3: intervals of the differences over seeds below 0. Refuted if one is above.",
+         "demonstration asks about than 3e-4 has, and more about those of the demonstrations; and "
+         "if the same holds of 4 epochs against 1, at lr 3e-4 and at 3e-3: intervals of the "
+         "differences over seeds on that side of 0. Refuted if one is on the other side. (What is "
+         "bought stood in the claim and not in the rule until after the measurement.)",
     figures=("fully_right_entity", "fully_right_combination", "gold", "kl_ref"),
     units={"fully_right_entity": "share of responses",
            "fully_right_combination": "share of responses"})
@@ -40,12 +42,12 @@ def run(task: Task) -> dict:
 
 
 def findings(rows: Rows) -> list[Finding]:
-    """Rate and epochs."""
-    name = "fully_right_entity"
-    return [compare(rows, f"{name}: {one} below {other}", (one, name), "<", (other, name))
-            for one, other in (("lr 3e-3, 2 epochs", CONTROL),
-                               ("lr 3e-4, 4 epochs", "lr 3e-4, 1 epoch"),
-                               ("lr 3e-3, 4 epochs", "lr 3e-3, 1 epoch"))]
+    """What the rate and the epochs forget, and what they buy."""
+    pairs = (("lr 3e-3, 2 epochs", CONTROL), ("lr 3e-4, 4 epochs", "lr 3e-4, 1 epoch"),
+             ("lr 3e-3, 4 epochs", "lr 3e-3, 1 epoch"))
+    parts = (("fully_right_entity", "below", "<"), ("fully_right_combination", "above", ">"))
+    return [compare(rows, f"{name}: {one} {word} {other}", (one, name), sign, (other, name))
+            for name, word, sign in parts for one, other in pairs]
 
 
 def picture(rows: Rows, path: str) -> None:

@@ -32,12 +32,15 @@ def new_picture(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def name_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Title and labels, and a legend where lines or points have names."""
+    """Title and labels; where lines or points have names, a legend below: it must hide none."""
     axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
+    names = axes.get_legend_handles_labels()[1]
+    if names:
+        columns = 1 if max(map(len, names)) > 21 else 2
+        axes.legend(fontsize=8, frameon=False, ncols=columns, borderaxespad=0,
+                    loc="upper center", bbox_to_anchor=(0.5, -0.24))
 
 
 def interval_of(values: list[float]) -> tuple[float, float, float]:
@@ -56,7 +59,7 @@ def show_intervals(axes: Axes, rows: Rows, figure: str, title: str = "", unit: s
     for height, arm in enumerate(arms):
         values = values_of(rows, arm, figure)
         mean, below, above = interval_of(values)
-        axes.plot(values, [height] * len(values), ".", color="#8A8A8A", markersize=4)
+        axes.plot(values, [height] * len(values), ".", color="#222222", markersize=4, zorder=3)
         axes.errorbar([mean], [height], xerr=[[below], [above]], fmt="o", color=COLOURS[0],
                       capsize=3, markersize=5)
     axes.set_yticks(range(len(arms)), arms)
@@ -94,8 +97,6 @@ def show_points(axes: Axes, rows: Rows, x: str, y: str, title: str, x_label: str
                       capsize=2, markersize=5,
                       markerfacecolor="white" if number >= len(COLOURS) else None)
     name_axes(axes, title, x_label, y_label)
-    if len(axes.get_legend_handles_labels()[1]) > len(COLOURS):
-        axes.legend(fontsize=6.5, ncols=2, loc="lower right", framealpha=0.85, edgecolor="none")
 
 
 def mean_series(rows: Rows, arm: str, name: str) -> list[float]:

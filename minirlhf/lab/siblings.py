@@ -1,10 +1,11 @@
-"""`siblings`: PPO and what came after it, on one axis: equal prompts, equal sampled tokens.
+"""`siblings`: PPO and what came after it, on one axis: as many sampled responses for each.
 
 Every arm starts from the seed's SFT model. Those that sample draw 1600 responses: PPO and the group
-methods in 25 iterations of 64, rejection sampling in 4 rounds of 400. DPO, IPO and KTO sample none;
-they learn from the 8000 comparisons that the reward models learned from. Each arm trains in a
-process of its own, so that its seconds and its peak memory are its own. Learning rates and beta
-were chosen by a few runs on seed 11, which is none of the experiment's.
+methods in 25 iterations of 64, rejection sampling in 4 rounds of 400. PPO and REINFORCE++ draw one
+for each of 1600 prompts, the others four for each of 400. DPO, IPO and KTO sample none; they learn
+from the 8000 comparisons that the reward models learned from. Each arm trains in a process of its
+own, so that its seconds and its peak memory are its own. Learning rates and beta were chosen by a
+few runs on seed 11, which is none of the experiment's.
 """
 
 import json
