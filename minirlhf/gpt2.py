@@ -7,7 +7,7 @@ files load without renaming or transposing (`files/pretrained.py`; `generate.py`
 THE ALIGNMENT LAW, which every file of this project follows:
     Rows are right-padded. Column t of every per-token tensor describes the step
         state ids[0..t]  ->  action ids[t+1]
-    so a per-token tensor of ids (B, T) is (B, T-1). In training only `token_logprobs` shifts.
+    so a per-token tensor of ids (B, T) is (B, T-1). In the stages only `token_logprobs` shifts.
 Right padding needs neither position ids nor an attention mask in a full forward pass: attention
 looks back only, so no real token ever sees the padding after it.
 
