@@ -155,6 +155,6 @@ def token_table(batch, row: int, tokenizer: Tokenizer) -> str:
         text = repr(tokenizer.decode([int(batch.ids[row, t + 1])], skip_end=False))[1:-1]
         numbers = [f"{getattr(batch, name)[row, t]:13.3f}" for name in names]
         lines.append(f"{text:16}" + "".join(numbers))
-    totals = [f"{getattr(batch, name)[row].sum():13.3f}" for name in names[:4]]
-    lines.append(f"{'sum':16}" + "".join(totals) + "   rewards = score - kl_coef * kl_ref")
+    totals = [f"{getattr(batch, name)[row, columns].sum():13.3f}" for name in names[:4]]
+    lines.append(f"{'sum':16}" + "".join(totals) + "   rewards: score - kl_coef * kl_ref")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Measure minirlhf on this machine: beside a naive baseline, and against the machine's limits.
 
-    python -m minirlhf.benchmark            # about a quarter of an hour, 8 GB of memory
+    python -m minirlhf.benchmark            # about ten minutes, 8 GB of memory
     python -m minirlhf.benchmark --quick    # tiny networks: to see that it runs
     python -m minirlhf.benchmark --device cuda
     python -m minirlhf.benchmark --trl ~/trl/bin/python    # an interpreter that has TRL 1.x

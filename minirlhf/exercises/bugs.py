@@ -1,6 +1,6 @@
 """Find the bug: curves and a token table of a short run in which one mistake was switched on.
 
-The runs were recorded by `python -m minirlhf.exercises.record`; all begin alike, with seed 0, and
+The runs were recorded by `python -m minirlhf.exercises.record`; all begin alike, with seed 1, and
 one of them is healthy.
 """
 
@@ -26,10 +26,9 @@ BUGS = (
      "kl_ref runs away, and in the table a token with a large kl_ref has a *positive* reward: "
      "leaving the reference is paid for. The sum is score + kl_coef * kl_ref."),
     ("late_score", 10, "medium", "Add up the rewards in the table. Where is the score?",
-     "No reward in the table holds the score: the lines add up to 0. (The printed sum counts the "
-     "columns after the last action, too.) So nothing is to be gained: kl_ref stays near 0, and a "
-     "critic that always says 0 foresees everything "
-     "(explained_var 1, vf_loss 0)."),
+     "No reward in the table holds the score: the rewards add up to 0. So nothing is to be gained: "
+     "kl_ref stays near 0, and a critic that always says 0 foresees everything (explained_var 1, "
+     "vf_loss 0)."),
     ("dropout", 10, "medium", "One of the figures must be 0 in every run.",
      "ratio_first, the distance of the first ratios from 1, must be 0: before the first step the "
      "policy is the one that sampled. Here the policy in the update is another one. It learns all "

@@ -27,7 +27,7 @@ class RecordConfig:
     """Options of `python -m minirlhf.exercises.record`."""
     stages: str = "checkpoints"         # folder with sft and reward_model
     out: str = PATH                     # file to write
-    seed: Seed = 0                      # of the runs
+    seed: Seed = 1                      # of the runs
 
     def __post_init__(self):
         check_fields(self)

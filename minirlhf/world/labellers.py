@@ -2,7 +2,7 @@
 
 As in real projects, the people who write demonstrations differ: few answers are ideal, most are
 right but plain, some are wrong, evasive or rude. SFT imitates all of them alike; that is what
-leaves something for RLHF to improve. About four in five demonstrations are fully right, which is
+leaves something for RLHF to improve. About three in four demonstrations are fully right, which is
 therefore about the best that SFT can do.
 """
 import random
