@@ -25,6 +25,7 @@ An equation such as 0.2 * 0.986 = 0.197 is computed wherever it stands.
 """
 
 import ast
+import functools
 import json
 import math
 import re
@@ -114,7 +115,8 @@ def blank(pattern: re.Pattern, text: str) -> str:
     return pattern.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
 
 
-def defaults() -> set[float]:
+@functools.cache
+def defaults() -> frozenset[float]:
     """The numbers that are an option's default anywhere in the package."""
     numbers = set()
     for path in (REPOSITORY / "minirlhf").rglob("*.py"):
@@ -125,7 +127,7 @@ def defaults() -> set[float]:
                             for number in ast.walk(field.value)
                             if isinstance(number, ast.Constant)
                             and isinstance(number.value, (int, float))}
-    return numbers
+    return frozenset(numbers)
 
 
 def pieces(text: str) -> list[tuple[int, str, str]]:

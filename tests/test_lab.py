@@ -33,8 +33,9 @@ from minirlhf.lab.experiment import (
     unchanged,
     verdict,
 )
+from minirlhf.lab.gold import scaled_gold
 from minirlhf.lab.results import STORED, list_experiments, table, write_result
-from minirlhf.lab.shared import Task, alone
+from minirlhf.lab.shared import Task, alone, reward_model_folder
 from minirlhf.lab.sources import ROOT, changed, sources_of
 from minirlhf.rewards import ModelReward
 from minirlhf.world.collect import comparisons
@@ -522,3 +523,7 @@ def test_an_arm_of_every_kind_runs_in_its_quick_form(quick_out, name, arm):
     for figure, value in figures.items():
         assert np.isfinite(value).all(), figure
     assert 0 < figures["win_rate"] < 1 and figures["kl_ref"] != 0
+    if arm == overoptimisation.CONTROL:                  # the critic starts as in the arm of 2000
+        config = read_json(os.path.join(task.folder, "ppo", "run.json"))["config"]
+        assert config["reward"] == reward_model_folder(task, comparisons=2000)
+        assert figures["score"] == scaled_gold(task).scaled(figures["gold"])

@@ -31,13 +31,14 @@ from minirlhf.lab import (
     details,
     epochs_of_the_reward_model,
     forgetting,
+    gold,
     judges,
     kl_estimators,
     memory,
     stages,
 )
 from minirlhf.lab.experiment import REFUTED, SHOWN, Rows, verdict
-from minirlhf.lab.shared import Task, reward_model_folder, sft_folder
+from minirlhf.lab.shared import Task, reward_model_folder
 from minirlhf.museum.short_runs import substituted
 from minirlhf.ppo import PPOConfig, make_networks
 from minirlhf.sft import SFTConfig
@@ -205,8 +206,8 @@ def test_an_early_stop_is_the_longer_run_stopped(tmp_path):
 
 def test_gold_is_scaled_as_a_reward_model_is(monkeypatch):
     scores = torch.tensor([1.0, 4.0])
-    monkeypatch.setattr(stages.ScoreFunction, "__call__", lambda self, *arguments: scores)
-    assert stages.ScaledGold(1.0, 1.5)(None).tolist() == [0.0, 2.0]
+    monkeypatch.setattr(gold.ScoreFunction, "__call__", lambda self, *arguments: scores)
+    assert gold.ScaledGold(1.0, 1.5)(None).tolist() == [0.0, 2.0]
 
 
 def test_k3_in_the_reward_is_never_a_gift_and_has_the_mean_of_k1():
@@ -329,8 +330,8 @@ def test_an_arm_runs_in_its_quick_form(quick_out, module, arm):
         assert config["model"] == task.base
         assert figures["gold"] < 0                       # it was not taught to answer
     if arm == stages.GOLD:
-        mean, deviation = stages.gold_of_sft(task)
-        assert -4 < mean < 4 and 0.5 < deviation < 4
+        scaled = gold.scaled_gold(task)
+        assert -4 < scaled.mean < 4 and 0.5 < scaled.deviation < 4
         assert config["reward"] == reward_model_folder(task)          # the critic starts from it
     if arm == credit.WARM:
         before = read_json(os.path.join(task.folder, "before", "run.json"))["config"]
@@ -343,21 +344,19 @@ def test_an_arm_runs_in_its_quick_form(quick_out, module, arm):
 
 
 @pytest.mark.slow
-def test_a_reward_model_that_is_normalised_afterwards_orders_as_before(quick_out):
+def test_a_reward_model_that_is_normalised_afterwards_is_the_one_that_its_trainer_normalised(
+        quick_out):
     task = quick_task(quick_out, "epochs_of_the_reward_model", "1 epoch")
     raw = quietly(epochs_of_the_reward_model.raw_reward_model, task)
-    folder, spread = epochs_of_the_reward_model.normalised(task, raw)
-    policy = load_network(GPT2, sft_folder(task))
-    ids = torch.randint(policy.config.vocab_size, (20, 9))
-    lengths = torch.full((20,), 9)
+    folder, spread = quietly(epochs_of_the_reward_model.normalised, task, raw)
+    before, after, shipped = [load_network(ScalarModel, one) for one in
+                              (raw, folder, quietly(reward_model_folder, task))]
+    assert weights_equal(after, shipped) and not weights_equal(before, shipped)
+    ids, lengths = torch.randint(before.config.vocab_size, (20, 9)), torch.full((20,), 9)
     with torch.no_grad():
-        before, after, shipped = [load_network(ScalarModel, one).score(ids, lengths) for one in
-                                  (raw, folder, quietly(reward_model_folder, task))]
-    torch.testing.assert_close((before - before.mean()) / spread, after - after.mean(), rtol=1e-3,
-                               atol=1e-3)
-    # the trainer's own normalisation draws other prompts, so its deviation differs a little
-    ratio = (after.std() / shipped.std()).item()
-    assert 0.7 < ratio < 1.4 and spread > 0
+        raw_scores, scores = before.score(ids, lengths), after.score(ids, lengths)
+    torch.testing.assert_close((raw_scores - raw_scores.mean()) / spread, scores - scores.mean(),
+                               rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_a_run_of_an_older_version_gives_a_page_of_what_there_is(tmp_path):
     values = values_of(write([str(folder)], tmp_path / "page.html"))
     assert values["series"] == [] and len(values["panels"]) == 8
     (sample,) = values["samples"]
-    assert "rewards = score - kl_coef * kl_ref" in sample["text"]
+    assert "rewards: score - kl_coef * kl_ref" in sample["text"]
 
 
 def test_a_run_that_is_not_finished_has_a_page_and_its_policy_is_not_asked(tmp_path):

@@ -7,8 +7,8 @@ from minirlhf.lab.shared import Task, reward_model_folder, series, train_policy
 
 ABOUT = Experiment(
     name="beta",
-    claim="There is a sweet spot: without KL penalty PPO fools its reward model, with a large one "
-          "it learns little.",
+    claim="There is a sweet spot: without KL penalty PPO fools its reward model; with kl_coef 1 it "
+          "gains less than with 0.2.",
     source="the seed lecture (\"beta 0.1 is the sweet spot\"); Ziegler et al. 2019, section 2",
     rule="Shown if kl_coef 0 scores more and has less gold than 0.2, and kl_coef 1 has less gold "
          "than 0.2: intervals of the differences over seeds on that side of 0. Refuted if one is "

@@ -1,8 +1,9 @@
 """`collapse`: does an entropy bonus cure a policy that gives everybody the same answer?
 
-Long runs with and without the KL penalty, with and without the bonus. `distinct` is the share of
-different texts among the answers to all prompts; a policy that answers everybody alike has few.
-That one prompt's answers differ is no good by itself (3 plus 4 is 7), so gold stands beside it.
+Long runs with and without the KL penalty, without the bonus, with the 0.01 of the source and with
+five times that. `distinct` is the share of different texts among the answers to all prompts; a
+policy that answers everybody alike has few. That one prompt's answers differ is no good by itself
+(3 plus 4 is 7), so gold stands beside it.
 """
 
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
@@ -15,9 +16,9 @@ ABOUT = Experiment(
     claim="When PPO collapses onto one response, an entropy bonus is the cure.",
     source="the seed lecture (\"Entropy coefficient too low. Fix: Add entropy bonus\" of 0.01)",
     rule="Shown if, without KL penalty, fewer responses are distinct than with kl_coef 0.2, and a "
-         "bonus of 0.05 raises their share, and gold too, up to that of kl_coef 0.2 less 0.5 "
-         "points: intervals of the differences over seeds on that side. Refuted if one is on the "
-         "other side.",
+         "bonus of 0.05, five times that of the source, raises their share, and gold too, up to "
+         "that of kl_coef 0.2 less 0.5 points: intervals of the differences over seeds on that "
+         "side. Refuted if one is on the other side.",
     figures=("distinct", "gold", "entropy", "distinct_per_prompt", "kl_ref", "score"),
     units={"distinct_per_prompt": "share of a prompt's answers",
            "entropy": "nats per token, at the end"})

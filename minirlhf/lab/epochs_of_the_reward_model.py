@@ -1,9 +1,13 @@
-"""`epochs_of_the_reward_model`: does a second pass over the comparisons harm a reward model?"""
+"""`epochs_of_the_reward_model`: does a second pass over the comparisons harm a reward model?
+
+All arms' scores are normalised by the trainer's own function, on the same responses; the number of
+epochs is the only difference. The raw reward models are kept, because of the scores' deviation.
+"""
 
 import os
 
 from minirlhf import reward_model
-from minirlhf.data import encode_prompt, read_records
+from minirlhf.data import fit_rows
 from minirlhf.engine.metrics import read_metrics
 from minirlhf.files.pretrained import load_network, save_folder
 from minirlhf.gpt2 import GPT2, ScalarModel
@@ -12,9 +16,8 @@ from minirlhf.lab.measure import measure
 from minirlhf.lab.pictures import new_picture, save_picture, show_intervals
 from minirlhf.lab.shared import (
     Task,
-    comparisons_file,
-    control_policy,
     reward_model_folder,
+    reward_model_options,
     sft_folder,
     train_policy,
 )
@@ -26,8 +29,9 @@ ABOUT = Experiment(
     claim="A reward model is trained for one epoch: with more it overfits.",
     source="Ouyang et al. 2022, appendix C.2; our own lecture on the reward model",
     rule="Shown if with 2 and with 4 epochs held-out loss and calibration error are higher, "
-         "held-out accuracy and gold after PPO lower than with 1: intervals of the differences "
-         "over seeds on that side of 0. Refuted if one is on the other side.",
+         "held-out accuracy and gold after PPO lower than with 1, where PPO sees the scores of all "
+         "three normalised alike: intervals of the differences over seeds on that side of 0. "
+         "Refuted if one is on the other side.",
     figures=("held_out_accuracy", "held_out_loss", "calibration_error", "spread",
              "train_accuracy", "gold", "kl_ref"),
     units={"held_out_accuracy": "share of comparisons", "train_accuracy": "share of comparisons",
@@ -45,20 +49,17 @@ def raw_reward_model(task: Task, epochs: int = 1) -> str:
 
 
 def normalised(task: Task, raw: str) -> tuple[str, float]:
-    """A copy of a raw reward model with deviation 1 on SFT responses, and the deviation before."""
+    """A copy of a raw reward model as the trainer normalises it, and the deviation before."""
     model, policy = load_network(ScalarModel, raw), load_network(GPT2, sft_folder(task))
-    tokenizer = load_tokenizer(raw, model)
-    cfg = reward_model.RewardModelConfig(seed=task.seed)
-    rows = read_records(comparisons_file(task), "comparisons")
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:cfg.norm_samples]
-    scores = reward_model.sft_scores(model, policy, [encode_prompt(tokenizer, prompt)
-                                                     for prompt in prompts], cfg,
-                                     tokenizer.end_token)                           # (N,)
-    mean, spread = scores.mean().item(), scores.std().item()
-    reward_model.fold_normalisation(model, mean, spread)
+    tokenizer, limit = load_tokenizer(raw, model), policy.config.n_positions
+    cfg = reward_model.RewardModelConfig(**reward_model_options(task, 1, task.scaled(8000), ""))
+    rows = reward_model.collect(cfg, raw, tokenizer, limit)
+    prompts, _ = fit_rows([row.prompt for row in rows], limit - cfg.max_new_tokens)
+    before = model.score_head.weight.norm().item()
+    reward_model.normalise(model, policy, prompts, cfg, tokenizer.end_token)
     folder = os.path.join(task.folder, "reward_model")
     save_folder(model, tokenizer, folder)
-    return folder, spread
+    return folder, before / model.score_head.weight.norm().item()    # it was divided by it
 
 
 def run(task: Task) -> dict:
@@ -67,10 +68,7 @@ def run(task: Task) -> dict:
     reward, spread = normalised(task, raw)
     rows = read_metrics(raw)
     accuracies = [row["accuracy"] for row in rows[-20:]]
-    if task.arm == CONTROL:
-        folder = control_policy(task)
-    else:
-        folder = train_policy(task, reward=reward)
+    folder = train_policy(task, reward=reward)
     return {**measure(task, folder, reward), "spread": spread,
             **{name: rows[-1][name] for name in ("held_out_accuracy", "held_out_loss",
                                                  "calibration_error")},

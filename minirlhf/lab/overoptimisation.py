@@ -2,7 +2,8 @@
 
 Two climbers: PPO without KL penalty, iteration by iteration, and best-of-n for n = 1 to 64. Both on
 prompts of the training split, so that their gold is comparable. Three reward models, and as control
-the gold judge itself as reward, which cannot be fooled.
+the gold judge itself as reward, which cannot be fooled: gold has the scale of a reward model, and
+its critic starts from the one of 2,000 comparisons, so that from that arm only the score differs.
 """
 
 import numpy as np
@@ -11,6 +12,7 @@ from minirlhf.data import Prompt, encode_prompt, format_prompt
 from minirlhf.evaluate import Answers, gold_figures, judge_answers, load_policy
 from minirlhf.lab.best_of_n import best_of_n, best_of_n_bound, best_of_n_kl, fit_curve
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
+from minirlhf.lab.gold import scaled_gold, train_on_gold
 from minirlhf.lab.measure import gold_accuracy, keep_sft_answers, measure
 from minirlhf.lab.pictures import (
     COLOURS,
@@ -33,8 +35,9 @@ ABOUT = Experiment(
     source="Gao, Schulman and Hilton 2022 (arXiv 2210.10760)",
     rule="Shown if all hold, refuted if the opposite of one holds, by intervals over seeds: with "
          "2,000 comparisons PPO's gold falls from its best by more than when PPO climbs gold "
-         "itself; 8,000 comparisons leave more gold at the end than 500; at the KL of best-of-16 "
-         "PPO has less gold; each curve explains more than 90 % of the variance of its gold.",
+         "itself (scaled as a reward model is, its critic starting as in that arm); 8,000 "
+         "comparisons leave more gold at the end than 500; at the KL of best-of-16 PPO has less "
+         "gold; each curve explains more than 90 % of the variance of its gold.",
     figures=("gold", "score", "kl_ref", "gold_fall", "accuracy", "bon_gold_64", "bon_kl_64",
              "ppo_r2_rl", "ppo_r2_bon", "bon_r2_bon", "bon_r2_rl"),
     units={"gold_fall": "points per response", "accuracy": "share of comparisons",
@@ -43,7 +46,8 @@ ABOUT = Experiment(
               for kind in ("rl", "bon")}})
 
 CONTROL = "gold itself"
-ARMS = {"500 comparisons": 500, "2000 comparisons": 2000, "8000 comparisons": 8000, CONTROL: 0}
+ARMS = {                            # comparisons of the reward model; of CONTROL's critic only
+    "500 comparisons": 500, "2000 comparisons": 2000, "8000 comparisons": 8000, CONTROL: 2000}
 ITERATIONS = 30                     # so that the path goes far enough
 NS = (1, 2, 4, 8, 16, 32, 64)
 WINDOW = 5                          # iterations that are averaged before a curve is fitted
@@ -73,12 +77,12 @@ def one_score_per_response(answers: Answers, scores: np.ndarray) -> np.ndarray:
     return equal
 
 
-def best_of_n_curves(task: Task, reward: str) -> dict[str, list[float]]:
+def best_of_n_curves(task: Task, reward_function) -> dict[str, list[float]]:
     """Gold, score and KL of best-of-n for every n, means over prompts."""
     answers = draw_for_best_of_n(task)
     tokenizer = load_policy(sft_folder(task))[1]
     gold = gold_figures(answers)["gold"]                                            # (P, N)
-    scores = judge_answers(answers, load_reward(reward, "mean", tokenizer), tokenizer)
+    scores = judge_answers(answers, reward_function, tokenizer)
     scores = one_score_per_response(answers, scores)                                # (P, N)
     numbers = [n for n in NS if n <= scores.shape[1]]
     found = {"bon_gold": [], "bon_score": [], "bon_kl": []}
@@ -116,15 +120,18 @@ def fits(name: str, kl: np.ndarray, gold: np.ndarray) -> dict[str, float]:
 
 def run(task: Task) -> dict:
     """PPO without penalty against the arm's reward, best-of-n by the same reward, the fits."""
-    count = ARMS[task.arm]
-    reward, figures = "minirlhf.world:gold_reward", {}
-    if count:
-        reward = reward_model_folder(task, comparisons=count)
-        figures["accuracy"] = gold_accuracy(task, reward)
-    folder = train_policy(task, reward=reward, ensemble="mean", kl_coef=0.0,
-                          iterations=4 if task.quick else ITERATIONS)
-    figures.update(measure(task, folder, reward))
-    path, curves = series(folder, "gold", "score", "kl_ref"), best_of_n_curves(task, reward)
+    reward = reward_model_folder(task, comparisons=ARMS[task.arm])
+    options = {"reward": reward, "kl_coef": 0.0, "iterations": 4 if task.quick else ITERATIONS}
+    if task.arm == CONTROL:
+        climbed = scaled_gold(task)
+        folder = train_on_gold(task, climbed, **options)
+        figures = measure(task, folder)
+        figures["score"] = climbed.scaled(figures["gold"])
+    else:
+        climbed = load_reward(reward, "mean", load_policy(sft_folder(task))[1])
+        folder = train_policy(task, **options)
+        figures = {"accuracy": gold_accuracy(task, reward), **measure(task, folder, reward)}
+    path, curves = series(folder, "gold", "score", "kl_ref"), best_of_n_curves(task, climbed)
     gold, kl = smooth(path["gold_by_step"]), smooth(path["kl_ref_by_step"])
     if not task.quick:                                   # where there are points enough
         # the path begins at KL 0 with the SFT model's gold, which best-of-1 knows best
@@ -189,8 +196,7 @@ def picture(rows: Rows, path: str) -> None:
         style = {"color": COLOURS[number], "label": arm, "linewidth": 1.8}
         ppo, bon = distance(rows, arm, "kl_ref_by_step"), distance(rows, arm, "bon_kl")
         axes[0].plot(ppo, mean_series(rows, arm, "gold_by_step"), STYLES[number], **style)
-        if arm != CONTROL:                               # its score is gold, on another scale
-            axes[1].plot(ppo, mean_series(rows, arm, "score_by_step"), STYLES[number], **style)
+        axes[1].plot(ppo, mean_series(rows, arm, "score_by_step"), STYLES[number], **style)
         axes[2].plot(bon, mean_series(rows, arm, "bon_gold"), marker=MARKS[number], **style)
         numbers = NS[:len(bon)]
         axes[3].plot(numbers, mean_series(rows, arm, "bon_kl"), marker=MARKS[number], **style)

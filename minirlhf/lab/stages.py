@@ -4,15 +4,11 @@ The upper bound is PPO on gold itself. It differs from the control by the score 
 scale of a reward model, and its critic starts from the same one.
 """
 
-from minirlhf import ppo
-from minirlhf.engine.functions import ScoreFunction
-from minirlhf.evaluate import gold_figures, load_policy, read_prompts, sample_answers
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
+from minirlhf.lab.gold import scaled_gold, train_on_gold
 from minirlhf.lab.measure import measure
 from minirlhf.lab.pictures import new_picture, save_picture, show_intervals, show_points
 from minirlhf.lab.shared import Task, control_policy, reward_model_folder, sft_folder, train_policy
-from minirlhf.museum.short_runs import substituted
-from minirlhf.reward_model import RewardModelConfig
 
 ABOUT = Experiment(
     name="stages",
@@ -31,31 +27,6 @@ NO_SFT, NO_REFERENCE, GOLD = "PPO without SFT", "PPO without reference", "PPO on
 ARMS = {BASE: {}, SFT: {}, CONTROL: {}, NO_SFT: {}, NO_REFERENCE: {"kl_coef": 0.0}, GOLD: {}}
 
 
-class ScaledGold(ScoreFunction):
-    """Gold as a reward of PPO, less `mean` and divided by `deviation`."""
-
-    def __init__(self, mean: float, deviation: float):
-        super().__init__("--reward", "minirlhf.world:gold_reward")
-        self.mean, self.deviation = mean, deviation
-
-    def __call__(self, *arguments):
-        """ids (B, T), prompt_lengths (B,), lengths (B,), tokenizer -> scores (B,)."""
-        return (super().__call__(*arguments) - self.mean) / self.deviation
-
-
-def gold_of_sft(task: Task) -> tuple[float, float]:
-    """Mean and deviation of gold on answers of the SFT model to training prompts.
-
-    They are as many as those by which a reward model is scaled.
-    """
-    policy, tokenizer = load_policy(sft_folder(task))
-    prompts, _ = read_prompts("minirlhf.world:prompts", tokenizer, policy.config.n_positions, 32,
-                              count=RewardModelConfig().norm_samples, seed=task.seed)
-    answers = sample_answers(policy, tokenizer, prompts, 1, seed=task.seed)
-    gold = gold_figures(answers)["gold"]                                            # (P, 1)
-    return float(gold.mean()), float(gold.std(ddof=1))
-
-
 def policy_of(task: Task) -> str:
     """The folder of the arm's policy. Without SFT the base model is both start and reference."""
     if task.arm == BASE:
@@ -65,12 +36,10 @@ def policy_of(task: Task) -> str:
     if task.arm == CONTROL:
         return control_policy(task)
     start = task.base if task.arm == NO_SFT else sft_folder(task)
-    places = []
+    options = {"model": start, "reward": reward_model_folder(task), **ARMS[task.arm]}
     if task.arm == GOLD:
-        gold = ScaledGold(*gold_of_sft(task))
-        places = [(ppo, "load_reward", lambda *arguments: gold)]
-    with substituted(places):
-        return train_policy(task, model=start, reward=reward_model_folder(task), **ARMS[task.arm])
+        return train_on_gold(task, scaled_gold(task), **options)
+    return train_policy(task, **options)
 
 
 def run(task: Task) -> dict:
