@@ -44,9 +44,9 @@ NOT_PROSE = re.compile(r"^\$\$.*?^\$\$|`[^`\n]+`|\$[^$\n]+\$|\[?\d{4}\.\d{5}|\]\
                        r"|https?:\S+|\b(?:sections?|appendix|table|figure|equation|Python|PyTorch|"
                        r"TRL|transformers) \w?[\d.]+(?:(?:,| and| to| or) [\d.]*\d)*",
                        re.M | re.S | re.I)
+NUM = r"(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?"
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*)?(?:\.\d+(?:e-?\d+)?(?: ?%)?"
                     r"|\d(?: ?%| (?:seconds|[KMG]i?B|times)\b))")
-NUM = r"(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?"
 TERM = rf"(?:exp|log|sqrt)?\(*[-+]?{NUM}\)*"
 EQUATION = re.compile(rf"(?<![\w.)^*/+-])(?<![-+*/^] )"
                       rf"({TERM}(?: ?[-+*/^] ?{TERM})+|(?:exp|log|sqrt)\([-+]?{NUM}\))"
@@ -74,7 +74,7 @@ def all_numbers(thing) -> list[float]:
         inside = thing.values() if isinstance(thing, dict) else thing
         return [number for one in inside for number in all_numbers(one)]
     if isinstance(thing, str):
-        return [value(part) for part in re.findall(r"[-+]?\d[\d,]*\.?\d*(?:e-?\d+)?", thing)]
+        return [value(part) for part in re.findall(rf"[-+]?{NUM}", thing)]
     return [float(thing)] if isinstance(thing, (int, float)) else []
 
 
@@ -99,7 +99,7 @@ def wrong_figures(text: str) -> list[str]:
 
 def value(printed: str) -> float:
     """The number that a text prints. Example: "-1,234.5" is -1234.5, "11 %" and "11 s" are 11."""
-    return float(re.match(r"[-+]?[\d,]*\.?\d*(?:e-?\d+)?", printed).group().replace(",", ""))
+    return float(re.match(rf"[-+]?{NUM}", printed).group().replace(",", ""))
 
 
 def prints_as(number: float, printed: str) -> bool:
@@ -172,7 +172,7 @@ def is_of(printed: str, origin: str) -> bool:
 def without_origin(text: str) -> list[str]:
     """The numbers in the prose of a page that have no origin, each with its line."""
     known = defaults() | {abs(value(number)) for block in TESTED.findall(text) for number
-                          in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?|\.\d+", block)}
+                          in re.findall(NUM, block)}
     prose = blank(FENCE, blank(TESTED, text))
     prose = blank(NOT_PROSE, prose)
     missing = []

@@ -5,14 +5,11 @@ compared with SFT by three judges: gold, the reward model that PPO optimised, an
 from the same comparisons with another seed.
 """
 
-import numpy as np
-
-from minirlhf.evaluate import judge_answers, load_policy, win_rate
+from minirlhf.evaluate import Answers, win_rate
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
-from minirlhf.lab.measure import describe_answers, draw_answers, sft_answers
+from minirlhf.lab.measure import describe_answers, draw_answers, scores_by, sft_answers
 from minirlhf.lab.pictures import new_picture, save_picture, show_intervals
-from minirlhf.lab.shared import Task, reward_model_folder, sft_folder, train_policy
-from minirlhf.rewards import load_reward
+from minirlhf.lab.shared import Task, reward_model_folder, train_policy
 
 ABOUT = Experiment(
     name="judges",
@@ -30,12 +27,9 @@ KL, FREE = "kl_coef 0.2", "kl_coef 0"
 ARMS = {KL: {"kl_coef": 0.2}, FREE: {"kl_coef": 0.0}}
 
 
-def win_rate_by(task: Task, reward: str, before, after) -> float:
+def win_rate_by(reward: str, before: Answers, after: Answers) -> float:
     """Win rate of the answers `after` over those of SFT, judged by a reward model's folder."""
-    tokenizer = load_policy(sft_folder(task))[1]
-    judge = load_reward(reward, "min", tokenizer)
-    scores = [judge_answers(answers, judge, tokenizer) for answers in (before, after)]    # (P, K)
-    return float(np.mean(win_rate(*scores)))
+    return float(win_rate(scores_by(reward, before), scores_by(reward, after)).mean())
 
 
 def run(task: Task) -> dict:
@@ -45,8 +39,8 @@ def run(task: Task) -> dict:
     folder = train_policy(task, reward=optimised, iterations=iterations, **ARMS[task.arm])
     (before, _), (after, gold) = sft_answers(task), draw_answers(task, folder)
     return {**describe_answers(task, folder, after, gold, optimised),
-            "by_optimised": win_rate_by(task, optimised, before, after),
-            "by_other": win_rate_by(task, other, before, after)}
+            "by_optimised": win_rate_by(optimised, before, after),
+            "by_other": win_rate_by(other, before, after)}
 
 
 def findings(rows: Rows) -> list[Finding]:

@@ -11,16 +11,14 @@ import random
 import numpy as np
 
 from minirlhf import reward_model
-from minirlhf.evaluate import Answers, judge_answers, win_rate
+from minirlhf.evaluate import Answers, win_rate
 from minirlhf.lab.experiment import Experiment, Finding, Rows, compare
-from minirlhf.lab.measure import draw_answers, sft_answers
+from minirlhf.lab.measure import draw_answers, scores_by, sft_answers
 from minirlhf.lab.pictures import new_picture, save_picture, show_intervals, show_series
 from minirlhf.lab.shared import Task, series, sft_folder, train_policy
 from minirlhf.label.__main__ import FILE, LabelConfig, few_labels
 from minirlhf.label.__main__ import main as label
 from minirlhf.people.verdicts import identity
-from minirlhf.rewards import load_reward
-from minirlhf.tokenizer import Tokenizer
 from minirlhf.world.judge import CLOSER_TEXTS, SENTENCE, words_of
 
 COUNTS = (20, 60, 200, 600)
@@ -93,8 +91,7 @@ def style(answers: Answers) -> dict[str, float]:
 
 def taste_accuracy(reward: str, answers: Answers) -> float:
     """How often a reward model orders two answers to one prompt as the person's taste does."""
-    tokenizer = Tokenizer.load(reward)
-    scores = judge_answers(answers, load_reward(reward, "min", tokenizer), tokenizer)   # (P, K)
+    scores = scores_by(reward, answers)                                             # (P, K)
     likes = tastes(answers)                                                         # (P, K)
     right = np.sign(scores[:, :, None] - scores[:, None, :]) \
         == np.sign(likes[:, :, None] - likes[:, None, :])                           # (P, K, K)

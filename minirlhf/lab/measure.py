@@ -72,6 +72,12 @@ def sft_answers(task: Task) -> tuple[Answers, dict]:
     return answers, gold_figures(answers)
 
 
+def scores_by(reward: str, answers: Answers) -> np.ndarray:
+    """Scores (P, K) of answers by the reward model in the folder `reward`."""
+    tokenizer = Tokenizer.load(reward)
+    return judge_answers(answers, load_reward(reward, "min", tokenizer), tokenizer)
+
+
 def describe_answers(task: Task, folder: str, answers: Answers, gold: dict, reward: str = "",
                      ensemble: str = "min", ref: str = "") -> dict[str, float]:
     """`measure` for answers of the policy in `folder` that are drawn already."""

@@ -25,6 +25,7 @@ from minirlhf.lab.pictures import (
 )
 from minirlhf.lab.shared import Task, reward_model_folder, series, sft_folder, train_policy
 from minirlhf.rewards import load_reward
+from minirlhf.tokenizer import Tokenizer
 from minirlhf.world import prompts as training_prompts
 
 ABOUT = Experiment(
@@ -128,7 +129,7 @@ def run(task: Task) -> dict:
         figures = measure(task, folder)
         figures["score"] = climbed.scaled(figures["gold"])
     else:
-        climbed = load_reward(reward, "mean", load_policy(sft_folder(task))[1])
+        climbed = load_reward(reward, "mean", Tokenizer.load(reward))
         folder = train_policy(task, **options)
         figures = {"accuracy": gold_accuracy(task, reward), **measure(task, folder, reward)}
     path, curves = series(folder, "gold", "score", "kl_ref"), best_of_n_curves(task, climbed)
